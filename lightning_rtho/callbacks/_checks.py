@@ -1,0 +1,77 @@
+"""What can't be differentiated rightly is refused, before a wrong number is used."""
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lightning_rtho.optim import DifferentiableOptimizer
+
+__all__ = ["check_optimizers", "check_schedulers", "check_settings"]
+
+
+def check_settings(trainer: Trainer, module: LightningModule) -> None:
+    """Check the settings of trainer and module that are known before the data.
+
+    Args:
+        trainer: The trainer.
+        module: The module.
+
+    Raises:
+        MisconfigurationException: If a setting cannot be followed.
+    """
+    if not module.automatic_optimization:
+        raise MisconfigurationException(
+            "Manual optimization is not supported, got `automatic_optimization=False`. Let "
+            "Lightning call backward and `optimizer.step` to tune hyperparameters."
+        )
+    if is_overridden("backward", module):
+        raise MisconfigurationException(
+            f"`{type(module).__name__}.backward` is overridden, so the gradient that the optimizer "
+            "sees cannot be followed. Remove the override."
+        )
+    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+        raise MisconfigurationException(
+            f"`strategy` must keep training on one device, got {type(trainer.strategy).__name__}. "
+            "Use `Trainer(devices=1)`."
+        )
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        raise MisconfigurationException(
+            f"`precision={trainer.precision!r}` scales the loss, which is not supported. Use "
+            "'bf16-mixed' or '32-true'."
+        )
+
+
+def check_optimizers(trainer: Trainer) -> None:
+    """Check the optimizers that the module configured.
+
+    Args:
+        trainer: The trainer.
+
+    Raises:
+        MisconfigurationException: If there is not exactly one.
+    """
+    if len(trainer.optimizers) != 1:
+        raise MisconfigurationException(
+            f"`configure_optimizers` must return one optimizer, got {len(trainer.optimizers)}."
+        )
+
+
+def check_schedulers(trainer: Trainer, optimizer: DifferentiableOptimizer) -> None:
+    """Check that no scheduler writes to a tuned learning rate.
+
+    Args:
+        trainer: The trainer.
+        optimizer: The optimizer.
+
+    Raises:
+        MisconfigurationException: If one does.
+    """
+    scheduled = {"lr", "momentum", "beta1"} if trainer.lr_scheduler_configs else set()
+    tuned = sorted(scheduled & optimizer.tuned_settings)
+    if tuned:
+        raise MisconfigurationException(
+            f"`{tuned[0]}` cannot be tuned under a learning-rate scheduler, got "
+            f"{type(trainer.lr_scheduler_configs[0].scheduler).__name__}. Remove the scheduler: "
+            "the callback takes its place."
+        )

@@ -1,0 +1,101 @@
+"""Computing the loss of a past micro-batch again."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+
+from lightning_rtho.callbacks._isolation import isolated
+from lightning_rtho.linearization import RunningStatistics, TracedLoss
+
+__all__ = ["TrainingStepReplay"]
+
+
+def _buffers(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    """Yield submodule name, buffer name and buffer."""
+    for namespace, submodule in module.named_modules():
+        for name, buffer in submodule.named_buffers(recurse=False):
+            yield namespace, name, buffer
+
+
+@dataclass(frozen=True)
+class _Progress:
+    """Where the trainer stood: steps read ``global_step`` and ``current_epoch``."""
+
+    trainer: Trainer
+    global_step: int
+    epoch: int
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Let the trainer stand there again."""
+        fit_loop = self.trainer.fit_loop
+        # Counters of the loops, not settable through the trainer.
+        steps = fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
+        epochs = fit_loop.epoch_progress.current
+        present = steps.completed, epochs.completed
+        steps.completed, epochs.completed = self.global_step, self.epoch
+        try:
+            yield
+        finally:
+            steps.completed, epochs.completed = present
+
+
+class TrainingStepReplay:
+    """What a ``training_step`` depended on, apart from the weights, so that it can run again.
+
+    Args:
+        trainer: The trainer, just before the step.
+        module: The module.
+        batch: The batch on its device.
+        batch_idx: Its index in the epoch.
+        statistics: The running statistics of the module.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        statistics: RunningStatistics,
+    ) -> None:
+        self._trainer, self._module = trainer, module
+        self._statistics = statistics
+        self._args = [batch]
+        if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2):
+            self._args.append(batch_idx)
+        # Private: Lightning's public `isolate_rng` restores the random state, but not at will.
+        self._rng = _collect_rng_states(include_cuda=torch.cuda.is_available())
+        self._progress = _Progress(trainer, trainer.global_step, trainer.current_epoch)
+        self._buffers = {
+            (namespace, name): (buffer._version, buffer.clone())
+            for namespace, name, buffer in _buffers(module)
+        }
+
+    def keep_changed_buffers(self) -> None:
+        """Let go of the buffers that the step, which has now run, did not write to."""
+        for namespace, name, buffer in _buffers(self._module):
+            version, _ = self._buffers.get((namespace, name), (None, None))
+            if version == buffer._version:
+                del self._buffers[namespace, name]
+
+    def __call__(self) -> TracedLoss:
+        """Return the loss at the weights that the module has now."""
+        trainer, module = self._trainer, self._module
+        with isolated(trainer, module, RunningStage.TRAINING), self._progress.restored():
+            _set_rng_states(self._rng)
+            submodules = dict(module.named_modules())
+            for (namespace, name), (_, buffer) in self._buffers.items():
+                submodules[namespace]._buffers[name] = buffer.clone()
+            self._statistics.start()
+            output: Any = trainer.strategy.training_step(*self._args)
+            loss = output["loss"] if isinstance(output, dict) else output
+            return TracedLoss(loss / trainer.accumulate_grad_batches, self._statistics.collect())

@@ -1,0 +1,82 @@
+"""Real-time hyperparameter optimization in forward mode."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lightning_rtho.callbacks._base import HypergradientCallback
+from lightning_rtho.callbacks._selection import Selection
+from lightning_rtho.hypergradient import AbstractHypergradient, ForwardHypergradient
+from lightning_rtho.outer import OuterOptimizerCallable, adam
+
+__all__ = ["RTHO"]
+
+
+class RTHO(HypergradientCallback):
+    r"""Tune hyperparameters while the model trains, by forward-mode hypergradients.
+
+    Carries Z_t = A_t Z_{t-1} + B_t, the derivative of weights and optimizer state by the
+    hyperparameters, through every optimizer step, and every `hyper_batch_size` steps moves
+    lambda <- lambda - eta grad E_val . Z_t. Z is not reset: it holds the whole history. Memory is
+    m training states, flat in time; each of the m hyperparameter entries costs about two plain
+    gradients a step. For few hyperparameters; for many see `TRHO`.
+
+    Args:
+        hyperparameters: Names of hyperparameters that the module declares or of settings of its
+            optimizer (``"lr"``, ``"weight_decay"``, ``"beta1"``), each with its natural domain; a
+            dict to choose the domains; None for all that the module declares.
+        hyper_batch_size: Optimizer steps between outer updates.
+        outer_optimizer: Makes a torch optimizer of the list of raw tensors; None observes:
+            hypergradients are computed and logged, nothing is moved, and training is bitwise what
+            it is without the callback.
+        dataloader: Data of the outer objective; None takes the trainer's validation loader.
+        outer_batches: Validation batches averaged over in one evaluation.
+        discount: Weight of the history in Z; 1 is exact, 0 looks one step back.
+        start_step: Optimizer step from which on the run is followed, with Z = 0.
+        stop_step: Optimizer step from which on it is not followed any more; None for never.
+
+    Raises:
+        ValueError: If a count is too small or `discount` is not in [0, 1].
+        TypeError: If an argument is of the wrong kind.
+
+    Example:
+        >>> import lightning as L
+        >>> trainer = L.Trainer(callbacks=[RTHO(["lr", "weight_decay"], hyper_batch_size=20)])
+
+    References:
+        Franceschi, Donini, Frasconi, Pontil: Forward and Reverse Gradient-Based Hyperparameter
+        Optimization (ICML 2017).
+    """
+
+    def __init__(
+        self,
+        hyperparameters: Selection = None,
+        *,
+        hyper_batch_size: int = 10,
+        outer_optimizer: OuterOptimizerCallable | None = adam,
+        dataloader: Iterable[Any] | None = None,
+        outer_batches: int = 1,
+        discount: float = 1.0,
+        start_step: int = 0,
+        stop_step: int | None = None,
+    ) -> None:
+        super().__init__(
+            hyperparameters,
+            hyper_batch_size=hyper_batch_size,
+            outer_optimizer=outer_optimizer,
+            dataloader=dataloader,
+            outer_batches=outer_batches,
+            start_step=start_step,
+            stop_step=stop_step,
+        )
+        if not 0 <= discount <= 1:
+            raise ValueError(
+                f"`discount` must lie in [0, 1], got {discount}. 1 keeps the whole history, 0 none."
+            )
+        self.discount = discount
+
+    def _make_hypergradient(
+        self, params: Sequence[Tensor], hypers: Sequence[Tensor]
+    ) -> AbstractHypergradient:
+        return ForwardHypergradient(params, hypers, self.discount)

@@ -1,0 +1,88 @@
+"""Which hyperparameters a callback tunes."""
+
+from collections.abc import Mapping, Sequence
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_rtho.dynamics import get_setting, rule_class_for, set_setting
+from lightning_rtho.hyperparameters import Domain, Hyperparameter, declared_hyperparameters
+
+__all__ = ["Selection", "select_hyperparameters"]
+
+Selection = Sequence[str] | Mapping[str, Domain] | None
+"""What the user asked for: names, names with domains, or all that the module declares."""
+
+
+def select_hyperparameters(
+    selection: Selection, module: LightningModule, optimizer: Optimizer
+) -> dict[str, Hyperparameter]:
+    """Find the hyperparameters to tune and place those of the optimizer in its groups.
+
+    A name is one that the module declares, or else a key of the optimizer's parameter groups.
+
+    Args:
+        selection: Names, names with domains, or None for all that the module declares.
+        module: The module.
+        optimizer: Its torch optimizer.
+
+    Returns:
+        Hyperparameters by name; ``lr/pg1``, ``lr/pg2``, ... where there are several groups.
+
+    Raises:
+        MisconfigurationException: If there is nothing to tune.
+        ValueError: If a name is neither, or its start value is outside its domain.
+    """
+    declared = declared_hyperparameters(module)
+    if selection is None:
+        if not declared:
+            raise MisconfigurationException(
+                f"`{type(module).__name__}` declares no hyperparameters. Declare one, as in "
+                "`self.lr = Hyperparameter(1e-3, Positive())`, or name settings of its optimizer, "
+                "as in `RTHO(['lr'])`."
+            )
+        return declared
+    found: dict[str, Hyperparameter] = {}
+    domains = selection if isinstance(selection, Mapping) else dict.fromkeys(selection)
+    for name, domain in domains.items():
+        if name not in declared:
+            found.update(_place(name, domain, optimizer, list(declared)))
+        elif domain is None or domain == declared[name].domain:
+            found[name] = declared[name]
+        else:
+            raise ValueError(
+                f"`hyperparameters` gives {name!r} the domain {domain}, but the module declares it "
+                f"with {declared[name].domain}. Give its name alone."
+            )
+    return found
+
+
+def _place(
+    name: str, domain: Domain | None, optimizer: Optimizer, declared: Sequence[str]
+) -> dict[str, Hyperparameter]:
+    """Turn one setting of every parameter group into a hyperparameter."""
+    rule_class = rule_class_for(optimizer)
+    if name not in rule_class.domains:
+        known = ", ".join([*declared, *rule_class.domains])
+        raise ValueError(
+            f"`hyperparameters` names {name!r}, which is neither declared by the module nor a "
+            f"real-valued setting of {type(optimizer).__name__}. Known: {known}."
+        )
+    placed = {}
+    for number, group in enumerate(optimizer.param_groups, start=1):
+        full_name = name if len(optimizer.param_groups) == 1 else f"{name}/pg{number}"
+        value = get_setting(group, name)
+        if isinstance(value, Hyperparameter):
+            raise ValueError(
+                f"`hyperparameters` names {name!r}, but the module has already put {value!r} "
+                "there. Name that one by its attribute."
+            )
+        number_value = value.item() if isinstance(value, Tensor) else value
+        try:
+            placed[full_name] = Hyperparameter(number_value, domain or rule_class.domains[name])
+        except ValueError as error:
+            raise ValueError(f"`hyperparameters` names {name!r}: {error}") from None
+        set_setting(group, name, placed[full_name])
+    return placed

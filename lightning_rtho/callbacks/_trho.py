@@ -1,0 +1,84 @@
+"""Real-time hyperparameter optimization in truncated reverse mode."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lightning_rtho.callbacks._base import HypergradientCallback
+from lightning_rtho.callbacks._selection import Selection
+from lightning_rtho.hypergradient import (
+    AbstractHypergradient,
+    Recompute,
+    ReverseHypergradient,
+    Tape,
+)
+from lightning_rtho.outer import OuterOptimizerCallable, adam
+
+__all__ = ["TRHO"]
+
+
+class TRHO(HypergradientCallback):
+    r"""Tune hyperparameters while the model trains, by reverse-mode hypergradients of a window.
+
+    Records `hyper_batch_size` optimizer steps, then pulls alpha = grad E_val back through them:
+    g += alpha B_t, alpha <- alpha A_t, and moves lambda <- lambda - eta g. What happened before
+    the window counts as given. Time does not depend on the number of hyperparameters; memory
+    grows with the window, as the tape tells. For many hyperparameters; for few see `RTHO`.
+
+    Args:
+        hyperparameters: As `RTHO`.
+        hyper_batch_size: Optimizer steps in a window, and between outer updates.
+        outer_optimizer: As `RTHO`.
+        dataloader: As `RTHO`.
+        outer_batches: As `RTHO`.
+        tape: What is kept of a step: ``Recompute()``, ``KeepGraph()`` or ``Offload("cpu")``; None
+            is ``Recompute()``.
+        start_step: As `RTHO`.
+        stop_step: As `RTHO`.
+
+    Raises:
+        ValueError: If a count is too small.
+        TypeError: If an argument is of the wrong kind.
+
+    Example:
+        >>> import lightning as L
+        >>> trainer = L.Trainer(callbacks=[TRHO(hyper_batch_size=20)])
+
+    References:
+        Franceschi, Donini, Frasconi, Pontil: Forward and Reverse Gradient-Based Hyperparameter
+        Optimization (ICML 2017).
+    """
+
+    def __init__(
+        self,
+        hyperparameters: Selection = None,
+        *,
+        hyper_batch_size: int = 10,
+        outer_optimizer: OuterOptimizerCallable | None = adam,
+        dataloader: Iterable[Any] | None = None,
+        outer_batches: int = 1,
+        tape: Tape | None = None,
+        start_step: int = 0,
+        stop_step: int | None = None,
+    ) -> None:
+        super().__init__(
+            hyperparameters,
+            hyper_batch_size=hyper_batch_size,
+            outer_optimizer=outer_optimizer,
+            dataloader=dataloader,
+            outer_batches=outer_batches,
+            start_step=start_step,
+            stop_step=stop_step,
+        )
+        if tape is not None and not isinstance(tape, Tape):
+            raise TypeError(
+                f"`tape` must be Recompute(), KeepGraph() or Offload('cpu'), got {tape!r}. Pass an "
+                "instance."
+            )
+        self.tape = tape or Recompute()
+
+    def _make_hypergradient(
+        self, params: Sequence[Tensor], hypers: Sequence[Tensor]
+    ) -> AbstractHypergradient:
+        return ReverseHypergradient(params, hypers, self.tape)

@@ -1,0 +1,24 @@
+"""Hypergradients: Forward-HG and Reverse-HG over one shared linearization."""
+
+from lightning_rtho.hypergradient._base import (
+    AbstractHypergradient,
+    GradientMismatchError,
+    OptimizerStep,
+    OuterGradient,
+)
+from lightning_rtho.hypergradient._forward import ForwardHypergradient
+from lightning_rtho.hypergradient._reverse import ReverseHypergradient
+from lightning_rtho.hypergradient._tape import KeepGraph, Offload, Recompute, Tape
+
+__all__ = [
+    "AbstractHypergradient",
+    "ForwardHypergradient",
+    "GradientMismatchError",
+    "KeepGraph",
+    "Offload",
+    "OptimizerStep",
+    "OuterGradient",
+    "Recompute",
+    "ReverseHypergradient",
+    "Tape",
+]

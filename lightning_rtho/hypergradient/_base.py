@@ -1,0 +1,162 @@
+"""What forward and reverse mode have in common: they follow a training run step by step."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_rtho.dynamics import Transition
+from lightning_rtho.linearization import GradientClip, TracedLoss
+
+__all__ = [
+    "AbstractHypergradient",
+    "GradientMismatchError",
+    "OptimizerStep",
+    "OuterGradient",
+    "Replay",
+    "add",
+    "mismatch",
+]
+
+Replay = Callable[[], TracedLoss]
+"""Computes the loss of a micro-batch again, at the weights that stand in the parameters now."""
+
+
+class GradientMismatchError(RuntimeError):
+    """The optimizer saw another gradient than that of the traced loss: nothing can be followed."""
+
+
+@dataclass(frozen=True)
+class OptimizerStep:
+    """One step of the optimizer, about to be made.
+
+    Attributes:
+        transitions: One for each parameter that has a gradient.
+        raw_grads: Their gradients before clipping, each ``[*P]``.
+        clip: The clipping between raw gradients and those in `transitions`.
+    """
+
+    transitions: Sequence[Transition]
+    raw_grads: Sequence[Tensor]
+    clip: GradientClip | None = None
+
+
+@dataclass(frozen=True)
+class OuterGradient:
+    """Outer objective E and its partial derivatives at the present weights.
+
+    Attributes:
+        value: E ``[]``.
+        params: dE/dw, each ``[*P]``; None is zero.
+        hypers: The direct part dE/dlambda at fixed weights, each ``[*H]``; None is zero.
+        statistics: dE/dr by the running statistics of the module, each ``[*B]``; None is zero.
+    """
+
+    value: Tensor
+    params: Sequence[Tensor | None]
+    hypers: Sequence[Tensor | None]
+    statistics: Sequence[Tensor | None] = ()
+
+
+class AbstractHypergradient(ABC):
+    """Follows a training run and gives dE/dlambda along it.
+
+    Call :meth:`record` for each micro-batch's loss, :meth:`advance` before each optimizer step,
+    and :meth:`hypergradient` after any step.
+
+    Args:
+        params: All parameters of the optimizer, in its order, each ``[*P]``.
+        hypers: The hyperparameters, natural values, each ``[*H]``; those that may act in the loss
+            require grad. Together they have m entries.
+    """
+
+    def __init__(self, params: Sequence[Tensor], hypers: Sequence[Tensor]) -> None:
+        self.params = list(params)
+        self.hypers = list(hypers)
+        self.sizes = [hyper.numel() for hyper in hypers]
+
+    @property
+    def entries(self) -> int:
+        """Number m of hyperparameter entries."""
+        return sum(self.sizes)
+
+    @abstractmethod
+    def start(self) -> None:
+        """Prepare for the forward pass of a training step."""
+
+    @abstractmethod
+    def record(self, loss: TracedLoss, replay: Replay) -> list[Tensor | None] | None:
+        """Take in the loss of one micro-batch, before its backward pass.
+
+        Args:
+            loss: The loss with its graph, scaled as it enters the optimizer's gradient.
+            replay: Computes it again.
+
+        Returns:
+            The gradients by the parameters where they were computed on the way, each ``[*P]`` or
+            None; None where they were not.
+        """
+
+    @abstractmethod
+    def advance(self, step: OptimizerStep) -> None:
+        """Take in an optimizer step, before it is made.
+
+        Args:
+            step: The step; its tensors are read now and may change afterwards.
+        """
+
+    @abstractmethod
+    def hypergradient(self, outer: OuterGradient) -> Tensor:
+        """Return the total derivative of the outer objective by all hyperparameters.
+
+        Args:
+            outer: Derivatives of the outer objective at the weights after the last step.
+
+        Returns:
+            dE/dlambda with respect to natural values ``[m]``, float64.
+
+        Raises:
+            GradientMismatchError: If a step's gradient was not that of its recorded losses.
+        """
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget the run so far: the present state no longer depends on the hyperparameters."""
+
+    def _flat(self, parts: Sequence[Tensor | None]) -> Tensor:
+        """Join one tensor a hyperparameter, each ``[*H]`` or None, to ``[m]``, float64."""
+        return torch.cat([
+            torch.zeros(size, dtype=torch.float64)
+            if part is None
+            else part.detach().flatten().to("cpu", torch.float64)
+            for part, size in zip(parts, self.sizes, strict=True)
+        ])
+
+
+def add(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    """Sum of two tensors of one shape, in which None is zero."""
+    if total is None or part is None:
+        return part if total is None else total
+    return total + part
+
+
+def mismatch(raw_grads: Sequence[Tensor], traced: Sequence[Tensor | None]) -> Tensor:
+    """Tell whether gradients differ by more than rounding.
+
+    Args:
+        raw_grads: What the optimizer was given, each ``[*P]``.
+        traced: What the traced losses give, each ``[*P]``; None is zero.
+
+    Returns:
+        A boolean ``[]``, not yet synchronised with the host.
+    """
+    differences, norms = [], []
+    for raw, gradient in zip(raw_grads, traced, strict=True):
+        differences.append((raw if gradient is None else raw - gradient).norm())
+        norms.append(raw.norm())
+    # The root of eps: far above the rounding of a sum taken in another order, far below an edit.
+    tolerance = max(torch.finfo(raw.dtype).eps for raw in raw_grads) ** 0.5
+    differ: Tensor = torch.stack(differences).norm() > tolerance * torch.stack(norms).norm()
+    return differ

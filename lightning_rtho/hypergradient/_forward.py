@@ -1,0 +1,172 @@
+"""Forward-HG: tangents of the training state, carried through every step."""
+
+from collections.abc import Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from lightning_rtho._types import StateTangent
+from lightning_rtho.hypergradient._base import (
+    AbstractHypergradient,
+    GradientMismatchError,
+    OptimizerStep,
+    OuterGradient,
+    Replay,
+    add,
+    mismatch,
+)
+from lightning_rtho.linearization import Linearization, StatisticUpdate, TracedLoss, step_jvp
+
+__all__ = ["ForwardHypergradient"]
+
+
+@final
+class ForwardHypergradient(AbstractHypergradient):
+    r"""Forward-HG: Z_0 = 0, Z_t = A_t Z_{t-1} + B_t, and dE/dlambda = grad E . Z_t.
+
+    Z holds the derivative of weights and optimizer buffers by every hyperparameter entry. Memory
+    is m times that of the training state, whatever the number of steps; time grows with m.
+
+    Args:
+        params: All parameters of the optimizer, each ``[*P]``.
+        hypers: The hyperparameters, natural values, each ``[*H]``, m entries together.
+        discount: Weight of the history: Z_t = discount A_t Z_{t-1} + B_t. 1 is exact, 0 looks one
+            step back.
+
+    Example:
+        >>> w = torch.tensor([1.0], requires_grad=True)
+        >>> rho = torch.tensor(0.5, requires_grad=True)
+        >>> forward = ForwardHypergradient([w], [rho])
+        >>> forward.record(TracedLoss(rho * (w**2).sum()), replay=None)
+        [tensor([1.])]
+
+    References:
+        Franceschi et al. (2017), Algorithm 2; Donini et al. (2020) for the discount.
+    """
+
+    def __init__(
+        self, params: Sequence[Tensor], hypers: Sequence[Tensor], discount: float = 1.0
+    ) -> None:
+        super().__init__(params, hypers)
+        self.discount = discount
+        self.reset()
+
+    def reset(self) -> None:
+        """See :meth:`AbstractHypergradient.reset`."""
+        self.tangents: list[StateTangent] = [{} for _ in self.params]
+        self.statistic_tangents: dict[int, Tensor] = {}
+        self._begin_step()
+        self._edited: Tensor | None = None
+
+    def _begin_step(self) -> None:
+        self._grads: list[Tensor | None] = [None] * len(self.params)
+        self._grads_dot: list[Tensor | None] = [None] * len(self.params)
+
+    def start(self) -> None:
+        """See :meth:`AbstractHypergradient.start`; nothing to prepare."""
+
+    def record(self, loss: TracedLoss, replay: Replay) -> list[Tensor | None]:
+        """See :meth:`AbstractHypergradient.record`; adds to g_dot = H Z + dg/dlambda."""
+        if self.discount != 1 and all(grad is None for grad in self._grads):
+            self._discount_history()
+        linearization = Linearization(loss, self.params, self.hypers)
+        products = [
+            linearization.product(
+                [tangent["param"][entry] if tangent else None for tangent in self.tangents],
+                self._unit_vector(entry),
+                wrt_hypers=False,
+            )
+            for entry in range(self.entries)
+        ]
+        for index, param in enumerate(self.params):
+            self._grads[index] = add(self._grads[index], linearization.gradients[index])
+            grad_dot = _stack([product.params[index] for product in products], like=param)
+            self._grads_dot[index] = add(self._grads_dot[index], grad_dot)
+        for position, update in enumerate(linearization.updates):
+            columns = [product.statistics[position] for product in products]
+            self._advance_statistic(update, _stack(columns, like=update.statistic))
+        return linearization.gradients
+
+    def _discount_history(self) -> None:
+        self.tangents = [
+            {name: self.discount * value for name, value in tangent.items()}
+            for tangent in self.tangents
+        ]
+        self.statistic_tangents = {
+            buffer: self.discount * value for buffer, value in self.statistic_tangents.items()
+        }
+
+    def _advance_statistic(self, update: StatisticUpdate, new: Tensor | None) -> None:
+        """Push tangents through a running average: r_dot <- (1 - f) r_dot + f s_dot."""
+        known = self.statistic_tangents.get(update.buffer)
+        total = add(
+            None if known is None else (1 - update.factor) * known,
+            None if new is None else update.factor * new,
+        )
+        if total is not None:
+            self.statistic_tangents[update.buffer] = total
+
+    def _unit_vector(self, entry: int) -> list[Tensor | None]:
+        """Direction of one hyperparameter entry: one tensor ``[*H]`` a hyperparameter."""
+        vectors: list[Tensor | None] = []
+        for hyper, size in zip(self.hypers, self.sizes, strict=True):
+            inside = 0 <= entry < size
+            vectors.append(_one_hot(entry, size, hyper).reshape(hyper.shape) if inside else None)
+            entry -= size
+        return vectors
+
+    def advance(self, step: OptimizerStep) -> None:
+        """See :meth:`AbstractHypergradient.advance`; Z <- A Z + B."""
+        if not step.transitions:
+            return
+        edited = mismatch(step.raw_grads, [self._grads[t.index] for t in step.transitions])
+        self._edited = edited if self._edited is None else self._edited | edited
+        grads_dot: Sequence[Tensor] = [self._grad_dot(t.index) for t in step.transitions]
+        if step.clip is not None:
+            grads_dot = step.clip.jvp(step.raw_grads, grads_dot)
+        for transition, grad_dot in zip(step.transitions, grads_dot, strict=True):
+            known = self.tangents[transition.index]
+            state_dot = {
+                name: known[name] if name in known else value.new_zeros(self.entries, *value.shape)
+                for name, value in transition.state.items()
+            }
+            hyper_dot = {
+                name: _one_hot(column, self.entries, like=transition.hyper[name])
+                for name, column in transition.columns.items()
+            }
+            self.tangents[transition.index] = step_jvp(transition, state_dot, grad_dot, hyper_dot)
+        self._begin_step()
+
+    def _grad_dot(self, index: int) -> Tensor:
+        """Tangent of a parameter's gradient ``[m, *P]``."""
+        grad_dot, param = self._grads_dot[index], self.params[index]
+        return param.new_zeros(self.entries, *param.shape) if grad_dot is None else grad_dot
+
+    def hypergradient(self, outer: OuterGradient) -> Tensor:
+        """See :meth:`AbstractHypergradient.hypergradient`; grad E . Z."""
+        if self._edited is not None and bool(self._edited):
+            raise GradientMismatchError("The gradient given to the optimizer is not the loss's.")
+        total = self._flat(outer.hypers)
+        tangents = [tangent.get("param") for tangent in self.tangents]
+        statistics = [self.statistic_tangents.get(i) for i in range(len(outer.statistics))]
+        for tangent, gradient in zip(
+            [*tangents, *statistics], [*outer.params, *outer.statistics], strict=True
+        ):
+            if tangent is not None and gradient is not None:
+                total += (tangent.flatten(1) @ gradient.flatten()).to(total)
+        return total
+
+
+def _stack(columns: Sequence[Tensor | None], like: Tensor) -> Tensor | None:
+    """Join tangents ``[*P]`` to ``[m, *P]``, where None is zero."""
+    if all(column is None for column in columns):
+        return None
+    return torch.stack([torch.zeros_like(like) if c is None else c for c in columns]).detach()
+
+
+def _one_hot(position: int, size: int, like: Tensor) -> Tensor:
+    """Unit vector ``[size]`` of the dtype and on the device of `like`."""
+    vector = torch.zeros(size, dtype=like.dtype, device=like.device)
+    vector[position] = 1
+    return vector

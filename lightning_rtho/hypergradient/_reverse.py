@@ -1,0 +1,132 @@
+"""Reverse-HG over a window: a cotangent of the training state, pulled back through its steps."""
+
+from collections.abc import Sequence
+from typing import final
+
+from torch import Tensor
+
+from lightning_rtho._types import StateCotangent
+from lightning_rtho.hypergradient._base import (
+    AbstractHypergradient,
+    GradientMismatchError,
+    OptimizerStep,
+    OuterGradient,
+    Replay,
+    add,
+    mismatch,
+)
+from lightning_rtho.hypergradient._tape import RecordedStep, Tape
+from lightning_rtho.linearization import Linearization, TracedLoss, step_vjp
+
+__all__ = ["ReverseHypergradient"]
+
+
+@final
+class ReverseHypergradient(AbstractHypergradient):
+    r"""Reverse-HG: alpha_T = grad E, g += alpha_t B_t, alpha_{t-1} = alpha_t A_t, for t = T..1.
+
+    The window reaches back to the last call of :meth:`hypergradient` or :meth:`reset`. Time does
+    not depend on the number of hyperparameters; memory grows with the window, as the tape tells.
+
+    Args:
+        params: All parameters of the optimizer, each ``[*P]``.
+        hypers: The hyperparameters, natural values, each ``[*H]``, m entries together.
+        tape: What is kept of a step.
+
+    References:
+        Franceschi et al. (2017), Algorithm 1; Shaban et al. (2019) for the truncation.
+    """
+
+    def __init__(self, params: Sequence[Tensor], hypers: Sequence[Tensor], tape: Tape) -> None:
+        super().__init__(params, hypers)
+        self.tape = tape
+        self.tape.clear()
+
+    def start(self) -> None:
+        """See :meth:`AbstractHypergradient.start`."""
+        self.tape.start()
+
+    def record(self, loss: TracedLoss, replay: Replay) -> list[Tensor | None] | None:
+        """See :meth:`AbstractHypergradient.record`."""
+        return self.tape.record(loss, replay, self.params, self.hypers)
+
+    def advance(self, step: OptimizerStep) -> None:
+        """See :meth:`AbstractHypergradient.advance`."""
+        self.tape.advance(step, self.params)
+
+    def hypergradient(self, outer: OuterGradient) -> Tensor:
+        """See :meth:`AbstractHypergradient.hypergradient`; ends the window."""
+        alphas: list[StateCotangent] = [
+            {} if gradient is None else {"param": gradient} for gradient in outer.params
+        ]
+        betas = list(outer.statistics)
+        total = self._flat(outer.hypers)
+        for recorded in self.tape.backward(self.params, self.hypers):
+            grads_bar = self._pull_back_update(recorded.step, alphas, total)
+            total += self._pull_back_losses(recorded, alphas, betas, grads_bar)
+        self.reset()
+        return total
+
+    def _pull_back_update(
+        self, step: OptimizerStep, alphas: list[StateCotangent], total: Tensor
+    ) -> Sequence[Tensor]:
+        """Pull alpha back through Phi and clipping, to the state; return the gradient's part."""
+        grads_bar: Sequence[Tensor] = []
+        for transition in step.transitions:
+            state_bar, grad_bar, hyper_bar = step_vjp(transition, alphas[transition.index])
+            alphas[transition.index] = state_bar
+            for name, column in transition.columns.items():
+                total[column] += hyper_bar[name].to(total)
+            grads_bar = [*grads_bar, grad_bar]
+        if step.clip is not None and step.transitions:
+            grads_bar = step.clip.vjp(step.raw_grads, grads_bar)
+        return grads_bar
+
+    def _pull_back_losses(
+        self,
+        recorded: RecordedStep,
+        alphas: list[StateCotangent],
+        betas: list[Tensor | None],
+        grads_bar: Sequence[Tensor],
+    ) -> Tensor:
+        """Pull the gradient's cotangent back to the weights; return dE/dlambda's part ``[m]``."""
+        transitions = recorded.step.transitions
+        vectors: list[Tensor | None] = [None] * len(self.params)
+        for transition, grad_bar in zip(transitions, grads_bar, strict=True):
+            vectors[transition.index] = grad_bar
+        total = self._flat([None] * len(self.hypers))
+        traced: list[Tensor | None] = [None] * len(self.params)
+        for linearize in reversed(recorded.linearizations):
+            linearization = linearize()
+            product = linearization.product(
+                vectors, [None] * len(self.hypers), _pull_back_statistics(linearization, betas)
+            )
+            total += self._flat(product.hypers)
+            traced = [add(*pair) for pair in zip(traced, linearization.gradients, strict=True)]
+            for alpha, part in zip(alphas, product.params, strict=True):
+                pulled = add(alpha.get("param"), part)
+                if pulled is not None:
+                    alpha["param"] = pulled
+        if transitions:
+            edited = mismatch(recorded.step.raw_grads, [traced[t.index] for t in transitions])
+            if bool(edited):
+                raise GradientMismatchError(
+                    "The gradient given to the optimizer is not that of the loss, computed again."
+                )
+        return total
+
+    def reset(self) -> None:
+        """See :meth:`AbstractHypergradient.reset`; empties the tape."""
+        self.tape.clear()
+
+
+def _pull_back_statistics(
+    linearization: Linearization, betas: list[Tensor | None]
+) -> list[Tensor | None]:
+    """Pull cotangents of running statistics back through their averages; return those of s."""
+    statistic_bars: list[Tensor | None] = []
+    for update in reversed(linearization.updates):
+        beta = betas[update.buffer]
+        statistic_bars.append(None if beta is None else update.factor * beta)
+        betas[update.buffer] = None if beta is None else (1 - update.factor) * beta
+    return statistic_bars[::-1]

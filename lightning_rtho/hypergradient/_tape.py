@@ -1,0 +1,247 @@
+"""What a window of training steps leaves behind, to be read backwards."""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import final
+
+import torch
+from torch import Tensor
+
+from lightning_rtho.dynamics import Transition
+from lightning_rtho.hypergradient._base import OptimizerStep, Replay
+from lightning_rtho.linearization import Linearization, TracedLoss
+
+__all__ = ["KeepGraph", "Offload", "Recompute", "RecordedStep", "Tape"]
+
+
+@dataclass(frozen=True)
+class RecordedStep:
+    """One optimizer step of the past.
+
+    Attributes:
+        step: The step, with copies of its tensors.
+        linearizations: One for each micro-batch of its gradient, made when called.
+    """
+
+    step: OptimizerStep
+    linearizations: Sequence[Callable[[], Linearization]]
+
+
+class Tape(ABC):
+    """Records a window of optimizer steps."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Prepare for a forward pass; only the first of a window has an effect."""
+
+    @abstractmethod
+    def record(
+        self, loss: TracedLoss, replay: Replay, params: Sequence[Tensor], hypers: Sequence[Tensor]
+    ) -> list[Tensor | None] | None:
+        """Keep what is needed to linearize a loss later.
+
+        Args:
+            loss: The loss with its graph.
+            replay: Computes it again.
+            params: Weights, each ``[*P]``.
+            hypers: Hyperparameters, each ``[*H]``.
+
+        Returns:
+            The gradients by the weights, each ``[*P]``, if they were computed.
+        """
+
+    @abstractmethod
+    def advance(self, step: OptimizerStep, params: Sequence[Tensor]) -> None:
+        """Keep what an optimizer step, about to be made, was.
+
+        Args:
+            step: The step.
+            params: All weights, each ``[*P]``.
+        """
+
+    @abstractmethod
+    def backward(
+        self, params: Sequence[Tensor], hypers: Sequence[Tensor]
+    ) -> Iterator[RecordedStep]:
+        """Yield the steps from last to first; the weights end as they began.
+
+        Args:
+            params: All weights, each ``[*P]``.
+            hypers: Hyperparameters, at the values they had in the window, each ``[*H]``.
+        """
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Forget all steps and let go of what was held."""
+
+
+class _ReplayTape(Tape):
+    """Keeps weights and optimizer state of each step and computes the losses again."""
+
+    def __init__(self) -> None:
+        self._losses: list[Replay] = []
+        self._steps: list[tuple[OptimizerStep, list[Tensor], list[Replay]]] = []
+
+    @abstractmethod
+    def _store(self, tensor: Tensor) -> Tensor:
+        """Copy a tensor to where it is kept."""
+
+    def start(self) -> None:
+        """See :meth:`Tape.start`; nothing to prepare."""
+
+    def record(
+        self, loss: TracedLoss, replay: Replay, params: Sequence[Tensor], hypers: Sequence[Tensor]
+    ) -> None:
+        """See :meth:`Tape.record`."""
+        self._losses.append(replay)
+
+    def advance(self, step: OptimizerStep, params: Sequence[Tensor]) -> None:
+        """See :meth:`Tape.advance`."""
+        copied = _copy_step(step, self._store)
+        weights = {t.index: t.state["param"] for t in copied.transitions}
+        kept = [weights[i] if i in weights else self._store(p) for i, p in enumerate(params)]
+        self._steps.append((copied, kept, self._losses))
+        self._losses = []
+
+    def backward(
+        self, params: Sequence[Tensor], hypers: Sequence[Tensor]
+    ) -> Iterator[RecordedStep]:
+        """See :meth:`Tape.backward`."""
+
+        def fetch(tensor: Tensor) -> Tensor:
+            return tensor.to(params[0].device)
+
+        def linearize(replay: Replay) -> Linearization:
+            return Linearization(replay(), params, hypers)
+
+        present = [param.detach().clone() for param in params]
+        try:
+            for step, weights, losses in reversed(self._steps):
+                _write(params, weights)
+                yield RecordedStep(
+                    _copy_step(step, fetch), [partial(linearize, replay) for replay in losses]
+                )
+        finally:
+            _write(params, present)
+
+    def clear(self) -> None:
+        """See :meth:`Tape.clear`."""
+        self._losses, self._steps = [], []
+
+
+@final
+class Recompute(_ReplayTape):
+    """Keep weights and optimizer state of each step; compute each loss again on the way back.
+
+    Memory: one training state a step of the window, and one step's graph. Time: one more forward
+    and backward pass a step.
+
+    Example:
+        >>> from lightning_rtho import TRHO
+        >>> callback = TRHO(tape=Recompute())
+    """
+
+    def _store(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().clone()
+
+
+@final
+class Offload(_ReplayTape):
+    """As `Recompute`, with the training states kept on another device.
+
+    Args:
+        device: Where they are kept.
+
+    Example:
+        >>> from lightning_rtho import TRHO
+        >>> callback = TRHO(tape=Offload("cpu"))
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        super().__init__()
+        self.device = torch.device(device)
+
+    def _store(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().to(self.device, copy=True)
+
+
+@final
+class KeepGraph(Tape):
+    """Keep the graph of every loss of the window: nothing is computed twice.
+
+    Memory: one training state and one graph a step of the window.
+
+    Example:
+        >>> from lightning_rtho import TRHO
+        >>> callback = TRHO(tape=KeepGraph())
+    """
+
+    def __init__(self) -> None:
+        self._losses: list[Linearization] = []
+        self._steps: list[tuple[OptimizerStep, list[Linearization]]] = []
+        self._mutation = ExitStack()
+        self._open = False
+
+    def start(self) -> None:
+        """See :meth:`Tape.start`; the optimizer shall not write into what the graphs hold."""
+        if not self._open:
+            # Held open over the whole window; a plain `param.data = new` would move the Hessian.
+            self._mutation.enter_context(torch.autograd.graph.allow_mutation_on_saved_tensors())
+            self._open = True
+
+    def record(
+        self, loss: TracedLoss, replay: Replay, params: Sequence[Tensor], hypers: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """See :meth:`Tape.record`."""
+        linearization = Linearization(loss, params, hypers)
+        self._losses.append(linearization)
+        return linearization.gradients
+
+    def advance(self, step: OptimizerStep, params: Sequence[Tensor]) -> None:
+        """See :meth:`Tape.advance`."""
+        copied = _copy_step(step, lambda tensor: tensor.detach().clone())
+        self._steps.append((copied, self._losses))
+        self._losses = []
+
+    def backward(
+        self, params: Sequence[Tensor], hypers: Sequence[Tensor]
+    ) -> Iterator[RecordedStep]:
+        """See :meth:`Tape.backward`."""
+        for step, losses in reversed(self._steps):
+            yield RecordedStep(step, [partial(_identity, line) for line in losses])
+
+    def clear(self) -> None:
+        """See :meth:`Tape.clear`."""
+        self._losses, self._steps = [], []
+        self._mutation.close()
+        self._open = False
+
+
+def _identity(linearization: Linearization) -> Linearization:
+    return linearization
+
+
+def _copy_step(step: OptimizerStep, copy: Callable[[Tensor], Tensor]) -> OptimizerStep:
+    """Copy the tensors of a step that the optimizer will overwrite."""
+
+    def copy_transition(transition: Transition) -> Transition:
+        state = {name: copy(value) for name, value in transition.state.items()}
+        return dataclasses.replace(transition, state=state, grad=copy(transition.grad))
+
+    transitions = [copy_transition(transition) for transition in step.transitions]
+    if step.clip is None:
+        raw_grads = [transition.grad for transition in transitions]
+    else:
+        raw_grads = [copy(grad) for grad in step.raw_grads]
+    return OptimizerStep(transitions, raw_grads, step.clip)
+
+
+def _write(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Write values into the parameters, in place."""
+    with torch.no_grad():
+        for param, value in zip(params, values, strict=True):
+            param.copy_(value)

@@ -1,0 +1,47 @@
+"""The hyperparameters that a module declares as attributes."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from lightning_rtho.hyperparameters._hyperparameter import Hyperparameter
+
+__all__ = ["declared_hyperparameters"]
+
+
+def declared_hyperparameters(module: nn.Module) -> dict[str, Hyperparameter]:
+    """Find every `Hyperparameter` that the module or a submodule holds as an attribute.
+
+    Lists, tuples and dicts of hyperparameters are entered. One that stands in several places is
+    named after the first.
+
+    Args:
+        module: The module.
+
+    Returns:
+        Hyperparameters by dotted name, as ``named_parameters`` would name them.
+
+    Example:
+        >>> from lightning_rtho import Hyperparameter, Real
+        >>> module = nn.Linear(1, 1)
+        >>> module.rates = [Hyperparameter(1.0, Real()), Hyperparameter(2.0, Real())]
+        >>> list(declared_hyperparameters(module))
+        ['rates.0', 'rates.1']
+    """
+    found: dict[str, Hyperparameter] = {}
+    for prefix, submodule in module.named_modules():
+        for name, hyperparameter in _walk(vars(submodule), prefix):
+            if not any(hyperparameter is known for known in found.values()):
+                found[name] = hyperparameter
+    return found
+
+
+def _walk(tree: Any, name: str) -> Iterator[tuple[str, Hyperparameter]]:
+    """Yield the hyperparameters in nested containers with their dotted names."""
+    if isinstance(tree, Hyperparameter):
+        yield name, tree
+    elif isinstance(tree, (dict, list, tuple)):
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        for key, item in items:
+            yield from _walk(item, f"{name}.{key}" if name else str(key))

@@ -1,0 +1,217 @@
+"""A hyperparameter: a tensor that stands where a plain number stood."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_rtho.hyperparameters._domains import Domain
+
+__all__ = ["Hyperparameter"]
+
+
+class Number(Tensor):
+    """A scalar tensor that behaves as a Python number does among other tensors.
+
+    A Python number never changes the dtype of what it meets; a float64 scalar tensor would. While
+    no gradient is asked of it, a `Number` *is* the Python number, bit for bit, in every operation;
+    while it is live (``requires_grad``) it is cast to the dtype that the number would have been
+    cast to, differentiably. Tensors with a shape behave as ordinary tensors.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run `func`, with numbers in the place of scalar hyperparameters among its arguments."""
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if _acts_on_first_argument(func, args):
+                return func(*args, **kwargs)
+            leaves = list(_tensors((args, kwargs)))
+            others = [leaf for leaf in leaves if not _is_number(leaf)]
+            if others and len(others) < len(leaves):
+                return _call_with_numbers(func, args, kwargs, others)
+            result = func(*args, **kwargs)
+            if others or type(result) is not Tensor or not result.is_floating_point():
+                return result
+            if result.dim() == 0:
+                return result.as_subclass(Number)
+            # Once it is given a shape it is an ordinary tensor, of the ordinary dtype.
+            return result.to(torch.get_default_dtype())
+
+    def to(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Move to another device; a scalar keeps its precision whatever dtype is asked for."""
+        moved: Tensor = super().to(*args, **kwargs)
+        if self.dim() > 0:
+            return moved
+        return self if moved.device == self.device else super().to(device=moved.device)
+
+    def __format__(self, format_spec: str) -> str:
+        """Format a scalar as the number it is."""
+        return format(self.item() if self.dim() == 0 else repr(self), format_spec)
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested tuples, lists and dicts."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from _tensors(item)
+    elif isinstance(tree, dict):
+        yield from _tensors(list(tree.values()))
+
+
+def _map_numbers(tree: Any, function: Callable[[Tensor], Any]) -> Any:
+    """Replace the scalar hyperparameters in nested tuples, lists and dicts."""
+    if isinstance(tree, (tuple, list)):
+        items = [_map_numbers(item, function) for item in tree]
+        return items if isinstance(tree, list) else tuple(items)
+    if isinstance(tree, dict):
+        return {key: _map_numbers(item, function) for key, item in tree.items()}
+    return function(tree) if _is_number(tree) else tree
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Number) and value.dim() == 0
+
+
+_AUTOGRAD = frozenset({torch.autograd.grad, torch.autograd.backward, Tensor.backward})
+
+
+def _acts_on_first_argument(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """Whether `func` writes to, or reads a property of, the tensor it was called on."""
+    if func in _AUTOGRAD:
+        return True
+    name = getattr(func, "__name__", "")
+    writes = name in {"__get__", "__set__", "__setitem__"} or (
+        name.endswith("_") and not name.startswith("__")
+    )
+    return writes and bool(args) and isinstance(args[0], Number)
+
+
+def _call_with_numbers(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], others: list[Tensor]
+) -> Any:
+    """Call `func` with each scalar hyperparameter as a number of the other tensors' dtype."""
+    floating = [other.dtype for other in others if other.is_floating_point()]
+    # From float32 up: kernels of lower precision read their scalars in float32.
+    dtype = functools.reduce(
+        torch.promote_types, floating or [torch.get_default_dtype()], torch.float32
+    )
+    device = others[0].device
+
+    def as_float(number: Tensor) -> Any:
+        return number if number.requires_grad else number.item()
+
+    def as_scalar(number: Tensor) -> Tensor:
+        # The C type, not the subclass, or the result would be a Number with no precision to keep.
+        return number.as_subclass(Tensor).to(device, dtype)
+
+    if not any(leaf.requires_grad for leaf in _tensors((args, kwargs)) if _is_number(leaf)):
+        try:
+            return func(*_map_numbers(args, as_float), **_map_numbers(kwargs, as_float))
+        except TypeError:  # a function that takes tensors alone there, as torch.maximum does
+            pass
+    return func(*_map_numbers(args, as_scalar), **_map_numbers(kwargs, as_scalar))
+
+
+def _arithmetic(name: str) -> Callable[..., Any]:
+    """Make an operator that gives a Python number for Python numbers while nothing is live."""
+    tensor_operator, float_operator = getattr(Tensor, name), getattr(float, name)
+
+    def operator(self: Number, *others: Any) -> Any:
+        numbers = [self, *others]
+        if any(isinstance(n, Tensor) and (n.requires_grad or not _is_number(n)) for n in numbers):
+            return tensor_operator(self, *others)
+        return float_operator(*(float(n) if isinstance(n, Tensor) else n for n in numbers))
+
+    return operator
+
+
+for _name in ("add", "sub", "mul", "truediv", "pow"):
+    for _prefix in ("", "r"):
+        setattr(Number, f"__{_prefix}{_name}__", _arithmetic(f"__{_prefix}{_name}__"))
+Number.__neg__ = _arithmetic("__neg__")
+
+
+class Hyperparameter(Number):
+    """A real-valued hyperparameter, scalar or of any shape, to be moved while the model trains.
+
+    It goes wherever the number went: into the loss, into an optimizer's keyword, into single
+    parameter groups, into several places at once. It is no ``nn.Parameter`` and absent from
+    ``parameters()``. Without a callback the module trains as with the plain number.
+
+    Args:
+        value: Natural start value: a number, a nested list or a tensor ``[*H]``. Scalars are kept
+            in float64 whatever the module's dtype; tensors with a shape keep theirs.
+        domain: The values it may take, and the coordinate in which it is moved.
+
+    Raises:
+        TypeError: If `domain` is not a `Domain`, or `value` is not real.
+        ValueError: If `value` lies outside `domain`.
+
+    Example:
+        >>> from lightning_rtho import Hyperparameter, Positive
+        >>> lr = Hyperparameter(1e-3, Positive())
+        >>> torch.optim.SGD([torch.zeros(2)], lr=lr).param_groups[0]["lr"] is lr
+        True
+        >>> lr * torch.ones(2)
+        tensor([0.0010, 0.0010])
+    """
+
+    domain: Domain
+
+    def __new__(cls, value: Any, domain: Domain) -> "Hyperparameter":
+        """Check the value and make the tensor."""
+        if not isinstance(domain, Domain):
+            raise TypeError(
+                f"`domain` must be a Domain such as Positive() or Interval(0, 1), got {domain!r}. "
+                "Pass an instance."
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            tensor = torch.as_tensor(value).detach().clone()
+            if tensor.is_complex() or tensor.dtype is torch.bool:
+                raise TypeError(f"`value` must be real numbers, got {value!r}.")
+            if tensor.dim() == 0:
+                exact = value if isinstance(value, (int, float)) else tensor.item()
+                tensor = torch.tensor(exact, dtype=torch.float64, device=tensor.device)
+            elif not tensor.is_floating_point():
+                tensor = tensor.to(torch.get_default_dtype())
+            outside = tensor[~domain.contains(tensor)]
+            if outside.numel() > 0:
+                raise ValueError(
+                    f"`value` must lie in {domain}, got {outside.flatten()[0].item()}. "
+                    "Start inside the domain, or choose another domain."
+                )
+            hyperparameter = tensor.as_subclass(cls)
+        hyperparameter.domain = domain
+        return hyperparameter
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        """Show value and domain."""
+        return f"Hyperparameter({self.tolist()}, {self.domain})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Hyperparameter":
+        """Copy value and domain; the copy is not live."""
+        if id(self) not in memo:
+            memo[id(self)] = Hyperparameter(self.plain.clone(), self.domain)
+        copied: Hyperparameter = memo[id(self)]
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle value and domain."""
+        return Hyperparameter, (self.plain.clone(), self.domain)
+
+    @property
+    def plain(self) -> Tensor:
+        """The value as an ordinary tensor ``[*H]`` that shares memory and needs no gradient."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.detach()

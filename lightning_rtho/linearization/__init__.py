@@ -1,0 +1,22 @@
+"""Derivatives of one training step: of the user's loss, of clipping, and of the update."""
+
+from lightning_rtho.linearization._clipping import ClipByNorm, ClipByValue, GradientClip
+from lightning_rtho.linearization._gradient import Linearization
+from lightning_rtho.linearization._statistics import (
+    RunningStatistics,
+    StatisticUpdate,
+    TracedLoss,
+)
+from lightning_rtho.linearization._step import step_jvp, step_vjp
+
+__all__ = [
+    "ClipByNorm",
+    "ClipByValue",
+    "GradientClip",
+    "Linearization",
+    "RunningStatistics",
+    "StatisticUpdate",
+    "TracedLoss",
+    "step_jvp",
+    "step_vjp",
+]

@@ -1,0 +1,159 @@
+"""The gradient of one loss and products with its Hessian, from the loss's own graph."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from lightning_rtho.linearization._statistics import TracedLoss
+
+__all__ = ["Linearization", "Product"]
+
+
+class Product(NamedTuple):
+    """A product with the joint Hessian, part by part; None is zero.
+
+    Attributes:
+        params: With respect to the weights, each ``[*P]``.
+        hypers: With respect to the hyperparameters, each ``[*H]``.
+        statistics: Derivatives of the new running statistics in the direction of the vector, one
+            an update, each ``[*B]``.
+    """
+
+    params: list[Tensor | None]
+    hypers: list[Tensor | None]
+    statistics: list[Tensor | None]
+
+
+@final
+class Linearization:
+    r"""First and second derivatives of a loss L(w, lambda) at the point where it was computed.
+
+    Weights and hyperparameters are differentiated together: their joint Hessian is symmetric, so
+    one kind of product serves both modes. With v = (v_w, v_lambda),
+
+        H v = (d/dw, d/dlambda) <(g_w, g_lambda), v>.
+
+    Statistics s(w) that the forward pass left behind join in with multipliers u: of
+    L + <u, s> at u = 0, the mixed part of the Hessian is ds/dw.
+
+    It owns the loss's graph until it is dropped.
+
+    Args:
+        loss: The loss with its graph.
+        params: Weights w, each ``[*P]``.
+        hypers: Hyperparameters lambda, each ``[*H]``.
+
+    Attributes:
+        gradients: dL/dw, detached, each ``[*P]``; None where the loss does not depend on it.
+        updates: What computing the loss did to running statistics.
+
+    Raises:
+        RuntimeError: By :meth:`product`, if an operation of the loss has no second derivative.
+
+    Example:
+        >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> rho = torch.tensor(0.5, requires_grad=True)
+        >>> line = Linearization(TracedLoss(rho * (w**2).sum()), [w], [rho])
+        >>> line.gradients
+        [tensor([1., 2.])]
+        >>> line.product([torch.tensor([1.0, 0.0])], [None])
+        Product(params=[tensor([1., 0.])], hypers=[tensor(2.)], statistics=[])
+    """
+
+    def __init__(
+        self, loss: TracedLoss, params: Sequence[Tensor], hypers: Sequence[Tensor]
+    ) -> None:
+        self.updates = loss.updates
+        statistics = [update.statistic for update in loss.updates]
+        multipliers = [torch.zeros_like(s).requires_grad_(s.requires_grad) for s in statistics]
+        self._inputs = [*params, *hypers, *multipliers]
+        self._bounds = (len(params), len(params) + len(hypers))
+        pairs = [(s, u) for s, u in zip(statistics, multipliers, strict=True) if s.requires_grad]
+        gradients = _gradients(
+            [loss.value, *(s for s, _ in pairs)],
+            [*params, *hypers],
+            [torch.ones_like(loss.value), *(u for _, u in pairs)],
+            create_graph=True,
+        )
+        self._gradients = [*gradients, *statistics]  # the derivative of L + <u, s> by u is s
+        self.gradients = [g if g is None else g.detach() for g in gradients[: len(params)]]
+
+    def product(
+        self,
+        param_vectors: Sequence[Tensor | None],
+        hyper_vectors: Sequence[Tensor | None],
+        statistic_vectors: Sequence[Tensor | None] | None = None,
+        *,
+        wrt_params: bool = True,
+        wrt_hypers: bool = True,
+    ) -> Product:
+        """Multiply the joint Hessian with a vector.
+
+        Args:
+            param_vectors: v_w, each ``[*P]``; None is zero.
+            hyper_vectors: v_lambda, each ``[*H]``; None is zero.
+            statistic_vectors: Cotangents of the statistics, one an update, each ``[*B]``; None is
+                zero, and None in the place of all asks for their derivatives instead.
+            wrt_params: Whether the weights' part of the product is needed.
+            wrt_hypers: Whether the hyperparameters' part is needed.
+
+        Returns:
+            The parts of the product.
+        """
+        first_hyper, first_statistic = self._bounds
+        wrt_statistics = statistic_vectors is None
+        vectors = [
+            *param_vectors,
+            *hyper_vectors,
+            *(statistic_vectors or [None] * len(self.updates)),
+        ]
+        pairs = [
+            (gradient, vector)
+            for gradient, vector in zip(self._gradients, vectors, strict=True)
+            if gradient is not None and gradient.requires_grad and vector is not None
+        ]
+        wanted = [
+            *range(first_hyper if wrt_params else 0),
+            *range(first_hyper, first_statistic if wrt_hypers else first_hyper),
+            *range(first_statistic, len(self._inputs) if wrt_statistics else first_statistic),
+        ]
+        parts: list[Tensor | None] = [None] * len(self._inputs)
+        if pairs:
+            found = _gradients(
+                [gradient for gradient, _ in pairs],
+                [self._inputs[i] for i in wanted],
+                [vector for _, vector in pairs],
+                retain_graph=True,
+            )
+            for i, part in zip(wanted, found, strict=True):
+                parts[i] = part
+        return Product(
+            parts[:first_hyper], parts[first_hyper:first_statistic], parts[first_statistic:]
+        )
+
+
+def _gradients(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    grad_outputs: Sequence[Tensor],
+    *,
+    create_graph: bool = False,
+    retain_graph: bool | None = None,
+) -> list[Tensor | None]:
+    """``torch.autograd.grad`` that gives None for inputs that need no gradient."""
+    positions = [i for i, tensor in enumerate(inputs) if tensor.requires_grad]
+    results: list[Tensor | None] = [None] * len(inputs)
+    if positions:
+        found = torch.autograd.grad(
+            outputs,
+            [inputs[i] for i in positions],
+            grad_outputs,
+            create_graph=create_graph,
+            retain_graph=retain_graph,
+            allow_unused=True,
+        )
+        for i, gradient in zip(positions, found, strict=True):
+            results[i] = gradient
+    return results

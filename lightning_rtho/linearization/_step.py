@@ -1,0 +1,92 @@
+"""The chain rule through one update of one parameter, in both directions."""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from lightning_rtho._types import Hypers, State, StateCotangent, StateTangent
+from lightning_rtho.dynamics import Transition
+
+__all__ = ["step_jvp", "step_vjp"]
+
+
+Arguments: TypeAlias = tuple[State, Tensor, Hypers]
+
+
+def _phi(transition: Transition) -> tuple[Callable[[State, Tensor, Hypers], State], Arguments]:
+    """Phi as a map of state, gradient and tuned settings alone, and the point it is taken at."""
+    tuned = {name: transition.hyper[name] for name in transition.columns}
+
+    def phi(state: State, grad: Tensor, tuned: Hypers) -> State:
+        return transition.rule(state, grad, {**transition.hyper, **tuned})
+
+    return phi, (transition.state, transition.grad, tuned)
+
+
+def step_jvp(
+    transition: Transition, state_dot: StateTangent, grad_dot: Tensor, hyper_dot: Hypers
+) -> StateTangent:
+    r"""Push tangents through one update: s'_dot = dPhi/ds s_dot + dPhi/dg g_dot + dPhi/dh h_dot.
+
+    Args:
+        transition: The arguments of Phi.
+        state_dot: Tangent of the state, each tensor with a leading axis ``[m, ...]``.
+        grad_dot: Tangent of the gradient ``[m, *P]``.
+        hyper_dot: Tangents of the tuned settings, each ``[m]``.
+
+    Returns:
+        Tangent of the new state, each tensor ``[m, ...]``.
+
+    References:
+        Franceschi et al. (2017), Forward-HG: Z_t = A_t Z_{t-1} + B_t.
+    """
+    phi, primals = _phi(transition)
+
+    def push(*tangents: State | Tensor) -> State:
+        pushed: State = torch.func.jvp(phi, primals, tangents)[1]
+        return pushed
+
+    new_state_dot: StateTangent = torch.vmap(push)(state_dot, grad_dot, hyper_dot)
+    return new_state_dot
+
+
+def step_vjp(
+    transition: Transition, new_state_bar: StateCotangent
+) -> tuple[StateCotangent, Tensor, Hypers]:
+    r"""Pull a cotangent back through one update: the adjoint of :func:`step_jvp`.
+
+    Args:
+        transition: The arguments of Phi.
+        new_state_bar: Cotangent of the new state; tensors that are missing are zero.
+
+    Returns:
+        Cotangents of the state ``[*P]`` or ``[]``, of the gradient ``[*P]`` and of the tuned
+        settings ``[]``.
+
+    References:
+        Franceschi et al. (2017), Reverse-HG: alpha_{t-1} = alpha_t A_t, g = g + alpha_t B_t.
+    """
+    # Plain autograd: torch.func's vjp does not run while a kept graph hooks saved tensors.
+    phi, (state, grad, tuned) = _phi(transition)
+    state, tuned, grad = _leaves(state), _leaves(tuned), grad.detach().requires_grad_()
+    with torch.enable_grad():
+        new_state = phi(state, grad, tuned)
+    names = [name for name in new_state if name in new_state_bar]
+    cotangents = iter(
+        torch.autograd.grad(
+            [new_state[name] for name in names],
+            [*state.values(), grad, *tuned.values()],
+            [new_state_bar[name] for name in names],
+            materialize_grads=True,
+        )
+        if names
+        else [torch.zeros_like(x) for x in (*state.values(), grad, *tuned.values())]
+    )
+    state_bar = {name: next(cotangents) for name in state}
+    return state_bar, next(cotangents), {name: next(cotangents) for name in tuned}
+
+
+def _leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}

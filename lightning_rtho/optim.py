@@ -1,0 +1,241 @@
+"""A torch optimizer that knows its own update rule."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_rtho._types import State
+from lightning_rtho.dynamics import (
+    Transition,
+    UpdateRule,
+    read_hypers,
+    read_state,
+    rule_class_for,
+    set_setting,
+)
+from lightning_rtho.hyperparameters import Hyperparameter
+
+__all__ = ["DifferentiableOptimizer"]
+
+
+@dataclass(frozen=True)
+class _Site:
+    """One place in the optimizer's groups where a hyperparameter acts."""
+
+    group: int
+    setting: str
+    hyperparameter: Hyperparameter
+
+
+class DifferentiableOptimizer(Optimizer):
+    """The user's own torch optimizer, which also tells what each of its steps is about to do.
+
+    Every update is made by the optimizer it wraps, whose groups, state and ``state_dict`` are its
+    own; ``isinstance(opt, torch.optim.Adam)`` still holds. Hyperparameters found in the groups are
+    replaced there by the numbers they are, so that torch takes the very path it takes for numbers.
+
+    Args:
+        optimizer: A torch optimizer with a known update rule.
+
+    Raises:
+        TypeError: If there is no rule for its class.
+        ValueError: If a hyperparameter is among the weights, is no scalar, or stands where the
+            rule has no real-valued setting.
+
+    Example:
+        >>> from lightning_rtho import Hyperparameter, Positive
+        >>> lr = Hyperparameter(0.1, Positive())
+        >>> weight = torch.zeros(2, requires_grad=True)
+        >>> optimizer = DifferentiableOptimizer(torch.optim.Adam([weight], lr=lr))
+        >>> isinstance(optimizer, torch.optim.Adam), optimizer.hyperparameters == [lr]
+        (True, True)
+    """
+
+    def __new__(cls, optimizer: Optimizer) -> "DifferentiableOptimizer":
+        """Make an object that is also an instance of the wrapped optimizer's class."""
+        name = f"Differentiable{type(optimizer).__name__}"
+        combined = type(name, (DifferentiableOptimizer, type(optimizer)), {})
+        return object.__new__(combined)
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.rule_class: type[UpdateRule] = rule_class_for(optimizer)
+        self.before_update: Callable[[], None] | None = None
+        self._sites = _find_sites(optimizer, self.rule_class)
+        self._derivative_buffers: dict[Tensor, State] = {}
+        self.write_hyperparameters()
+
+    @property
+    def hyperparameters(self) -> list[Hyperparameter]:
+        """The hyperparameters that act in the optimizer, each once."""
+        found: list[Hyperparameter] = []
+        for site in self._sites:
+            if not any(site.hyperparameter is known for known in found):
+                found.append(site.hyperparameter)
+        return found
+
+    @property
+    def tuned_settings(self) -> set[str]:
+        """The settings, in any group, in whose place a hyperparameter stands."""
+        return {site.setting for site in self._sites}
+
+    @property
+    def params(self) -> list[Tensor]:
+        """All parameters, in the order of the groups, each ``[*P]``."""
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def write_hyperparameters(self) -> None:
+        """Write the present value of every hyperparameter to where it acts in the groups."""
+        for site in self._sites:
+            set_setting(self.param_groups[site.group], site.setting, site.hyperparameter.item())
+
+    def transitions(self, columns: Mapping[int, int]) -> list[Transition]:
+        """Describe the update that :meth:`step` would make with the present gradients.
+
+        Args:
+            columns: Entry of each tuned hyperparameter in the vector of all, by its ``id``.
+
+        Returns:
+            One transition for each parameter that has a gradient.
+        """
+        found, first = [], 0
+        for number, group in enumerate(self.param_groups):
+            tuned = {
+                site.setting: columns[id(site.hyperparameter)]
+                for site in self._sites
+                if site.group == number and id(site.hyperparameter) in columns
+            }
+            rule = self.rule_class.from_group(group, tuned)
+            for index, param in enumerate(group["params"], start=first):
+                if param.grad is not None:
+                    hyper = read_hypers(self.rule_class, group, param.device)
+                    state = read_state(self.rule_class, self.optimizer, param)
+                    state = {**self._derivative_buffers.get(param, {}), **state}
+                    found.append(Transition(index, rule, state, param.grad, hyper, tuned))
+            first += len(group["params"])
+        return found
+
+    def carry_derivative_buffers(self, transitions: Sequence[Transition]) -> None:
+        """Carry the buffers that only the derivative needs through the coming update.
+
+        At momentum 0 torch keeps no velocity, yet the derivative by momentum needs one. As soon as
+        momentum has left 0, torch is handed what the velocity would have been.
+
+        Args:
+            transitions: What :meth:`transitions` returned.
+        """
+        params = self.params
+        groups = [group for group in self.param_groups for _ in group["params"]]
+        for transition in transitions:
+            param = params[transition.index]
+            unkept = self.rule_class.unkept_buffers(groups[transition.index])
+            if unkept:
+                new_state = transition.rule(transition.state, transition.grad, transition.hyper)
+                self._derivative_buffers[param] = {
+                    name: new_state[name].clone() for name in unkept if name in new_state
+                }
+            elif param in self._derivative_buffers:
+                self.state[param].update(self._derivative_buffers.pop(param))
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Let the wrapped optimizer step, calling ``before_update`` between gradient and update."""
+        if closure is None:
+            self._announce()
+            return self.optimizer.step()
+
+        def announcing_closure() -> Any:
+            loss = closure()
+            self._announce()
+            return loss
+
+        return self.optimizer.step(announcing_closure)
+
+    # torch wraps the `step` of every optimizer class to run its hooks; ours run in the inner one.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _announce(self) -> None:
+        if self.before_update is not None:
+            with torch.no_grad():
+                self.before_update()
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The wrapped optimizer's groups."""
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The wrapped optimizer's state."""
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The wrapped optimizer's defaults."""
+        return self.optimizer.defaults
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the wrapped optimizer's state."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the wrapped optimizer's state."""
+        self.optimizer.load_state_dict(state_dict)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients."""
+        self.optimizer.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the wrapped optimizer."""
+        self.optimizer.add_param_group(param_group)
+
+    def __getattr__(self, name: str) -> Any:
+        """Find everything else on the wrapped optimizer."""
+        if name == "optimizer":  # not set yet, or not any more, as in unpickling
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    def __repr__(self) -> str:
+        """Show the wrapped optimizer."""
+        return f"Differentiable{self.optimizer!r}"
+
+    def __reduce__(self) -> Any:
+        """Copy and pickle by way of the wrapped optimizer."""
+        return DifferentiableOptimizer, (self.optimizer,)
+
+
+def _find_sites(optimizer: Optimizer, rule_class: type[UpdateRule]) -> list[_Site]:
+    """Find where hyperparameters stand in the optimizer's groups."""
+    sites = []
+    for number, group in enumerate(optimizer.param_groups):
+        for param in group["params"]:
+            if isinstance(param, Hyperparameter):
+                raise ValueError(
+                    f"`params` must hold weights, got {param!r} in group {number}. A "
+                    "hyperparameter is no weight: leave it out of what the optimizer trains."
+                )
+        for key, value in group.items():
+            if key == "params":
+                continue
+            items = (
+                zip(("beta1", "beta2"), value, strict=True) if key == "betas" else [(key, value)]
+            )
+            for setting, item in items:
+                if not isinstance(item, Hyperparameter):
+                    continue
+                if setting not in rule_class.domains:
+                    raise ValueError(
+                        f"`{setting}` of {type(optimizer).__name__} cannot be a hyperparameter, "
+                        f"got {item!r}. It can be any of {', '.join(rule_class.domains)}."
+                    )
+                if item.numel() != 1:
+                    raise ValueError(
+                        f"`{setting}` of group {number} must be a scalar, got a hyperparameter of "
+                        f"shape {tuple(item.shape)}. Use one parameter group an entry."
+                    )
+                sites.append(_Site(number, setting, item))
+    return sites

@@ -1,0 +1,13 @@
+"""The outer problem: validation batches, the objective on them, and descent on hyperparameters."""
+
+from lightning_rtho.outer._batches import CyclingBatches
+from lightning_rtho.outer._objective import outer_gradient
+from lightning_rtho.outer._optimizer import HyperparameterDescent, OuterOptimizerCallable, adam
+
+__all__ = [
+    "CyclingBatches",
+    "HyperparameterDescent",
+    "OuterOptimizerCallable",
+    "adam",
+    "outer_gradient",
+]

@@ -1,0 +1,72 @@
+"""An endless stream of validation batches that touches nobody else's state."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+
+__all__ = ["CyclingBatches"]
+
+
+class CyclingBatches:
+    """Batches of a loader, cycled without end, shuffled anew each cycle by an own generator.
+
+    The user's loader is never iterated itself where it is a ``DataLoader`` over a map-style
+    dataset: workers, samplers and global random state stay as they are.
+
+    Args:
+        source: A ``DataLoader``, or any iterable that can be iterated again.
+        seed: Seed of the order.
+
+    Raises:
+        ValueError: By :meth:`__next__`, if the source gives no batch.
+
+    Example:
+        >>> stream = CyclingBatches(DataLoader([0, 1, 2], batch_size=3), seed=0)
+        >>> next(stream).sort().values, next(stream).sort().values
+        (tensor([0, 1, 2]), tensor([0, 1, 2]))
+    """
+
+    def __init__(self, source: Iterable[Any], seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._source = _own_loader(source, self._generator)
+        self._iterator: Iterator[Any] = iter(())
+
+    def __iter__(self) -> Iterator[Any]:
+        """Return itself."""
+        return self
+
+    def __next__(self) -> Any:
+        """Return the next batch, beginning a new cycle where one ends."""
+        for batch in self._iterator:
+            return batch
+        self._iterator = iter(self._source)
+        for batch in self._iterator:
+            return batch
+        raise ValueError(
+            "`dataloader` must give at least one validation batch, got an empty one. Check its "
+            "dataset, `batch_size` and `drop_last`."
+        )
+
+
+def _own_loader(source: Iterable[Any], generator: torch.Generator) -> Iterable[Any]:
+    """Make a loader over the same data, shuffled by `generator` where the order is free."""
+    if not isinstance(source, DataLoader) or isinstance(source.dataset, IterableDataset):
+        return source
+    order: dict[str, Any]
+    if source.batch_size is None or not isinstance(
+        source.sampler, (SequentialSampler, RandomSampler)
+    ):
+        order = (
+            {"batch_sampler": source.batch_sampler}
+            if source.batch_sampler is not None
+            else {"batch_size": None, "sampler": source.sampler}
+        )
+    else:
+        order = {
+            "batch_size": source.batch_size,
+            "drop_last": source.drop_last,
+            "sampler": RandomSampler(source.dataset, generator=generator),  # type: ignore[arg-type]
+        }
+    return DataLoader(source.dataset, collate_fn=source.collate_fn, generator=generator, **order)

@@ -1,0 +1,62 @@
+"""The outer objective and its partial derivatives at the present weights."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_rtho.hypergradient import OuterGradient
+
+__all__ = ["outer_gradient"]
+
+
+def outer_gradient(
+    losses: Sequence[Callable[[], Tensor]],
+    params: Sequence[Tensor],
+    hypers: Sequence[Tensor],
+    statistics: Sequence[Tensor] = (),
+) -> OuterGradient:
+    """Evaluate the mean of validation losses and its derivatives by weights and hyperparameters.
+
+    Args:
+        losses: One function a batch that returns its loss ``[]``; one graph is held at a time.
+        params: Weights, each ``[*P]``.
+        hypers: Hyperparameters, natural values, each ``[*H]``.
+        statistics: Running statistics on which the losses depend differentiably, each ``[*B]``.
+
+    Returns:
+        Value and derivatives.
+
+    Raises:
+        ValueError: If a loss does not depend differentiably on any weight.
+
+    Example:
+        >>> w = torch.tensor([3.0], requires_grad=True)
+        >>> outer_gradient([lambda: (w**2).sum()], [w], []).params
+        [tensor([6.])]
+    """
+    inputs = [*params, *hypers, *statistics]
+    wanted = [i for i, tensor in enumerate(inputs) if tensor.requires_grad]
+    value = torch.zeros(())
+    totals: list[Tensor | None] = [None] * len(inputs)
+    for compute in losses:
+        loss = compute()
+        if not loss.requires_grad:
+            raise ValueError(
+                "The outer objective does not depend on the weights differentiably: "
+                "`validation_step` (or `outer_step`) returned a loss without a graph. Return the "
+                "loss itself, not a detached value or a metric computed from class decisions."
+            )
+        grads = torch.autograd.grad(loss, [inputs[i] for i in wanted], allow_unused=True)
+        for i, gradient in zip(wanted, grads, strict=True):
+            if gradient is not None:
+                known, part = totals[i], gradient / len(losses)
+                totals[i] = part if known is None else known + part
+        value = value.to(loss) + loss.detach() / len(losses)
+    first_statistic = len(params) + len(hypers)
+    return OuterGradient(
+        value,
+        totals[: len(params)],
+        totals[len(params) : first_statistic],
+        totals[first_statistic:],
+    )

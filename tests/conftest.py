@@ -1,0 +1,22 @@
+"""Settings that every test shares."""
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _float64() -> Iterator[None]:
+    """Numeric claims are checked in float64 unless a test says otherwise."""
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quiet() -> None:
+    """The trainer's announcements say nothing about a test."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
