@@ -47,10 +47,11 @@ class SGDRule(UpdateRule):
             The rule of this group.
 
         Raises:
-            ValueError: If momentum is tuned at 0 beside dampening: torch applies no dampening at
-                momentum 0, so the update jumps there and has no derivative.
+            ValueError: If momentum is tuned at 0 beside dampening, fixed or tuned: torch applies
+                no dampening at momentum 0, so the update jumps there and has no derivative.
         """
-        if "momentum" in tuned and group["momentum"] == 0 and group["dampening"] != 0:
+        dampened = group["dampening"] != 0 or "dampening" in tuned
+        if "momentum" in tuned and group["momentum"] == 0 and dampened:
             raise ValueError(
                 "`momentum` cannot be tuned from 0 with dampening: the update of torch.optim.SGD "
                 f"jumps there, got dampening={group['dampening']}. Start momentum above 0."

@@ -17,7 +17,7 @@ __all__ = [
     "OuterGradient",
     "Replay",
     "add",
-    "mismatch",
+    "edited",
 ]
 
 Replay = Callable[[], TracedLoss]
@@ -142,21 +142,30 @@ def add(total: Tensor | None, part: Tensor | None) -> Tensor | None:
     return total + part
 
 
-def mismatch(raw_grads: Sequence[Tensor], traced: Sequence[Tensor | None]) -> Tensor:
-    """Tell whether gradients differ by more than rounding.
+def edited(step: OptimizerStep, traced: Sequence[Tensor | None]) -> Tensor:
+    """Tell whether the optimizer's gradients are other than those of the traced losses, clipped.
 
     Args:
-        raw_grads: What the optimizer was given, each ``[*P]``.
-        traced: What the traced losses give, each ``[*P]``; None is zero.
+        step: The step; it has transitions.
+        traced: What the traced losses give, one a transition, each ``[*P]``; None is zero.
 
     Returns:
         A boolean ``[]``, not yet synchronised with the host.
     """
+    differs = _differ(step.raw_grads, traced)
+    if step.clip is not None:
+        grads = [transition.grad for transition in step.transitions]
+        differs = differs | _differ(grads, step.clip(*step.raw_grads))
+    return differs
+
+
+def _differ(grads: Sequence[Tensor], others: Sequence[Tensor | None]) -> Tensor:
+    """Tell whether gradients differ by more than rounding."""
     differences, norms = [], []
-    for raw, gradient in zip(raw_grads, traced, strict=True):
-        differences.append((raw if gradient is None else raw - gradient).norm())
-        norms.append(raw.norm())
+    for grad, other in zip(grads, others, strict=True):
+        differences.append((grad if other is None else grad - other).norm())
+        norms.append(grad.norm())
     # The root of eps: far above the rounding of a sum taken in another order, far below an edit.
-    tolerance = max(torch.finfo(raw.dtype).eps for raw in raw_grads) ** 0.5
+    tolerance = max(torch.finfo(grad.dtype).eps for grad in grads) ** 0.5
     differ: Tensor = torch.stack(differences).norm() > tolerance * torch.stack(norms).norm()
     return differ

@@ -14,7 +14,7 @@ from lightning_rtho.hypergradient._base import (
     OuterGradient,
     Replay,
     add,
-    mismatch,
+    edited,
 )
 from lightning_rtho.linearization import Linearization, StatisticUpdate, TracedLoss, step_jvp
 
@@ -120,8 +120,8 @@ class ForwardHypergradient(AbstractHypergradient):
         """See :meth:`AbstractHypergradient.advance`; Z <- A Z + B."""
         if not step.transitions:
             return
-        edited = mismatch(step.raw_grads, [self._grads[t.index] for t in step.transitions])
-        self._edited = edited if self._edited is None else self._edited | edited
+        found = edited(step, [self._grads[t.index] for t in step.transitions])
+        self._edited = found if self._edited is None else self._edited | found
         grads_dot: Sequence[Tensor] = [self._grad_dot(t.index) for t in step.transitions]
         if step.clip is not None:
             grads_dot = step.clip.jvp(step.raw_grads, grads_dot)

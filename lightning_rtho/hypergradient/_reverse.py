@@ -13,7 +13,7 @@ from lightning_rtho.hypergradient._base import (
     OuterGradient,
     Replay,
     add,
-    mismatch,
+    edited,
 )
 from lightning_rtho.hypergradient._tape import RecordedStep, Tape
 from lightning_rtho.linearization import Linearization, TracedLoss, step_vjp
@@ -107,12 +107,8 @@ class ReverseHypergradient(AbstractHypergradient):
                 pulled = add(alpha.get("param"), part)
                 if pulled is not None:
                     alpha["param"] = pulled
-        if transitions:
-            edited = mismatch(recorded.step.raw_grads, [traced[t.index] for t in transitions])
-            if bool(edited):
-                raise GradientMismatchError(
-                    "The gradient given to the optimizer is not that of the loss, computed again."
-                )
+        if transitions and bool(edited(recorded.step, [traced[t.index] for t in transitions])):
+            raise GradientMismatchError("The gradient given to the optimizer is not the loss's.")
         return total
 
     def reset(self) -> None:

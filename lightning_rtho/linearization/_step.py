@@ -73,7 +73,8 @@ def step_vjp(
     state, tuned, grad = _leaves(state), _leaves(tuned), grad.detach().requires_grad_()
     with torch.enable_grad():
         new_state = phi(state, grad, tuned)
-    names = [name for name in new_state if name in new_state_bar]
+    # The count of a first step depends on nothing.
+    names = [name for name, x in new_state.items() if name in new_state_bar and x.requires_grad]
     cotangents = iter(
         torch.autograd.grad(
             [new_state[name] for name in names],

@@ -1,0 +1,185 @@
+"""One fit as the callback follows it: the objects involved and where they stand."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_rtho.callbacks._replay import TrainingStepReplay
+from lightning_rtho.hypergradient import AbstractHypergradient, OptimizerStep
+from lightning_rtho.hyperparameters import Hyperparameter
+from lightning_rtho.linearization import (
+    ClipByNorm,
+    ClipByValue,
+    GradientClip,
+    RunningStatistics,
+    TracedLoss,
+)
+from lightning_rtho.optim import DifferentiableOptimizer
+
+__all__ = ["FollowedRun"]
+
+
+class FollowedRun:
+    """Feeds each training step of a fit to a hypergradient method.
+
+    Args:
+        trainer: The trainer, about to train.
+        module: The module.
+        optimizer: Its optimizer.
+        tuned: Hyperparameters by name, each ``[*H]``.
+        make_method: Makes the method from weights and hyperparameters.
+
+    Attributes:
+        method: The method.
+        steps: Optimizer steps fed to it.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        optimizer: DifferentiableOptimizer,
+        tuned: Mapping[str, Hyperparameter],
+        make_method: Callable[[Sequence[Tensor], Sequence[Tensor]], AbstractHypergradient],
+    ) -> None:
+        self._trainer, self._module, self._optimizer = trainer, module, optimizer
+        self._tuned = tuned
+        self._columns = _columns(tuned)
+        self.method = make_method(_params(module, optimizer), list(tuned.values()))
+        self.steps = 0
+        self._statistics = RunningStatistics(module)
+        self._clip = _clip(trainer)
+        self._raw_grads: dict[Tensor, Tensor] = {}
+        self._replay: TrainingStepReplay | None = None
+        acting = {id(hyper) for hyper in optimizer.hyperparameters}
+        self._unseen = {name: hyper for name, hyper in tuned.items() if id(hyper) not in acting}
+        optimizer.before_update = self._before_update
+
+    def before_batch(self, batch: Any, batch_idx: int, *, follow: bool) -> None:
+        """Take down what the coming training step depends on, if it is followed."""
+        self._replay = None
+        for hyper in self._tuned.values():
+            hyper.requires_grad_(follow)
+        if follow:
+            self.method.start()
+            self._replay = TrainingStepReplay(
+                self._trainer, self._module, batch, batch_idx, self._statistics
+            )
+            self._statistics.start()
+
+    def before_backward(self, loss: Tensor) -> None:
+        """Hand the loss to the method; where that gives the gradient, backward just uses it."""
+        if self._replay is None:
+            return
+        self._replay.keep_changed_buffers()
+        self._look_for_unseen(loss)
+        traced = TracedLoss(loss, self._statistics.collect())
+        gradients = self.method.record(traced, self._replay)
+        if gradients is not None:
+            pairs = [
+                (param, gradient)
+                for param, gradient in zip(self.method.params, gradients, strict=True)
+                if gradient is not None
+            ]
+            self._module.backward = partial(_accumulate, pairs)  # type: ignore[method-assign]
+
+    def _look_for_unseen(self, loss: Tensor) -> None:
+        """Strike off the hyperparameters on which the loss depends."""
+        if self._unseen and loss.requires_grad:
+            found = torch.autograd.grad(
+                loss, list(self._unseen.values()), retain_graph=True, allow_unused=True
+            )
+            self._unseen = {
+                name: hyper
+                for (name, hyper), gradient in zip(self._unseen.items(), found, strict=True)
+                if gradient is None
+            }
+
+    def after_backward(self) -> None:
+        """Give backward back to the module."""
+        vars(self._module).pop("backward", None)
+        for hyper in self._tuned.values():
+            hyper.grad = None
+
+    def before_clipping(self) -> None:
+        """Take down the gradients that are about to be clipped."""
+        if self._replay is not None and self._clip is not None:
+            self._raw_grads = {
+                param: param.grad.detach().clone()
+                for param in self.method.params
+                if param.grad is not None
+            }
+
+    def _before_update(self) -> None:
+        """Hand the optimizer's coming step to the method."""
+        if self._replay is None:
+            return
+        if self._unseen:
+            name = next(iter(self._unseen))
+            raise MisconfigurationException(
+                f"`{name}` is declared as a hyperparameter but used nowhere: neither the optimizer "
+                "nor the loss of the first training step depends on it. Use it there, or name the "
+                "hyperparameters to tune, as in `RTHO(['lr'])`."
+            )
+        transitions = self._optimizer.transitions(self._columns)
+        params = self.method.params
+        raw = [self._raw_grads.get(params[t.index], t.grad) for t in transitions]
+        self.method.advance(OptimizerStep(transitions, raw, self._clip))
+        self._optimizer.carry_derivative_buffers(transitions)
+        self.steps += 1
+
+    def end(self) -> None:
+        """Let go of everything."""
+        self.after_backward()
+        self._statistics.collect()
+        self.method.reset()
+        self._optimizer.before_update = None
+        for hyper in self._tuned.values():
+            hyper.requires_grad_(False)
+
+
+def _params(module: LightningModule, optimizer: DifferentiableOptimizer) -> list[Tensor]:
+    """Return the optimizer's parameters, then those that it leaves alone but backward does not."""
+    trained = optimizer.params
+    known = set(trained)
+    bystanders = [p for p in module.parameters() if p.requires_grad and p not in known]
+    for param in (*trained, *bystanders):
+        # Private: torch tells in no other way that a tensor has hooks.
+        if getattr(param, "_backward_hooks", None):
+            raise MisconfigurationException(
+                f"A parameter of shape {tuple(param.shape)} has a hook that may change its "
+                "gradient (`register_hook`), which cannot be followed. Remove the hook, or write "
+                "its effect into the loss."
+            )
+    return [*trained, *bystanders]
+
+
+def _columns(tuned: Mapping[str, Hyperparameter]) -> dict[int, int]:
+    """Return the first entry of each hyperparameter in the vector of all, by its ``id``."""
+    columns, entry = {}, 0
+    for hyper in tuned.values():
+        columns[id(hyper)] = entry
+        entry += hyper.numel()
+    return columns
+
+
+def _accumulate(
+    pairs: Sequence[tuple[Tensor, Tensor]], loss: Tensor, *args: Any, **kwargs: Any
+) -> None:
+    """Stand in for ``LightningModule.backward`` where the gradients are known already."""
+    if pairs:
+        params, gradients = zip(*pairs, strict=True)
+        torch.autograd.backward(params, gradients)
+
+
+def _clip(trainer: Trainer) -> GradientClip | None:
+    """Return the clipping that the trainer was set to."""
+    limit = trainer.gradient_clip_val
+    if not limit:
+        return None
+    return ClipByValue(limit) if trainer.gradient_clip_algorithm == "value" else ClipByNorm(limit)

@@ -1,0 +1,283 @@
+"""Bad input gets an error that names the argument, shows the value and says what to do."""
+
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import optim
+
+from lightning_rtho import RTHO, TRHO, Hyperparameter, Interval, NonNegative, Positive
+from tests.callbacks.problems import SmallNet, fit, loader
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Hyperparameter(-1.0, Positive()), r"`value` must lie in Positive\(\), got -1.0"),
+        (lambda: Hyperparameter(2, Interval(0, 1)), r"`value` must lie in Interval\(.*got 2.0"),
+        (lambda: Interval(1, 0), r"`low` must be below `high`.*low=1, high=0"),
+        (lambda: RTHO(hyper_batch_size=0), r"`hyper_batch_size` must be .* got 0"),
+        (lambda: TRHO(hyper_batch_size=2.5), r"`hyper_batch_size` must be .* got 2.5"),
+        (lambda: RTHO(outer_batches=0), r"`outer_batches` must be .* got 0"),
+        (lambda: RTHO(start_step=-1), r"`start_step` must be .* got -1"),
+        (lambda: RTHO(start_step=5, stop_step=5), r"`stop_step` must be .* got 5"),
+        (lambda: RTHO(discount=1.5), r"`discount` must lie in \[0, 1\], got 1.5"),
+    ],
+)
+def test_value_errors_at_construction(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RTHO("lr"), r"`hyperparameters` must be a list .* got 'lr'"),
+        (lambda: RTHO(outer_optimizer="adam"), r"`outer_optimizer` must be .* got 'adam'"),
+        (lambda: TRHO(tape="recompute"), r"`tape` must be .* got 'recompute'"),
+        (lambda: Hyperparameter(1.0, Positive), r"`domain` must be a Domain"),
+    ],
+)
+def test_type_errors_at_construction(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+class Untouched(SmallNet):
+    """Fails the test if a weight has moved."""
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        pytest.fail("training went on")
+
+
+class NoLoss(Untouched):
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+
+
+class DetachedLoss(Untouched):
+    def validation_step(self, batch, batch_idx):
+        return super().validation_step(batch, batch_idx).detach()
+
+
+class NoLossKey(Untouched):
+    def validation_step(self, batch, batch_idx):
+        return {"val_loss": super().validation_step(batch, batch_idx)}
+
+
+class Manual(Untouched):
+    automatic_optimization = False
+
+
+class OwnBackward(Untouched):
+    def backward(self, loss):
+        loss.backward()
+
+
+class Scheduled(Untouched):
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        return [optimizer], [optim.lr_scheduler.StepLR(optimizer, 1)]
+
+
+class UsedNowhere(Untouched):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.forgotten = Hyperparameter(1.0, Positive())
+
+
+class TrainedHyperparameter(Untouched):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.rho = Hyperparameter(1.0, Positive())
+
+    def configure_optimizers(self):
+        return optim.SGD([*self.parameters(), self.rho], lr=0.1)
+
+
+class Hooked(Untouched):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.net[0].weight.register_hook(lambda grad: 2 * grad)
+
+
+CASES: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
+    "nothing to tune": (
+        lambda: Untouched(lr=0.1), RTHO, {}, MisconfigurationException, "declares no hyperp"
+    ),
+    "unknown key": (
+        lambda: Untouched(lr=0.1),
+        lambda: RTHO(["learning_rate"]),
+        {},
+        ValueError,
+        "`hyperparameters` names 'learning_rate'.*Known: lr, momentum",
+    ),
+    "key of another optimizer": (
+        lambda: Untouched(lr=0.1), lambda: RTHO(["beta1"]), {}, ValueError, "names 'beta1'"
+    ),
+    "value outside its domain": (
+        lambda: Untouched(lr=0.0), lambda: RTHO(["lr"]), {}, ValueError, "'lr'.*Positive.*got 0.0"
+    ),
+    "no rule": (
+        lambda: Untouched(optim.Rprop, lr=0.1),
+        lambda: RTHO(["lr"]),
+        {},
+        TypeError,
+        "No differentiable rule for `Rprop`. Known: ASGD.*register_rule",
+    ),
+    "used nowhere": (
+        lambda: UsedNowhere(lr=0.1), RTHO, {}, MisconfigurationException, "`forgotten`.*nowhere"
+    ),
+    "used nowhere, in reverse": (
+        lambda: UsedNowhere(lr=0.1), TRHO, {}, MisconfigurationException, "`forgotten`.*nowhere"
+    ),
+    "trained as a weight": (
+        lambda: TrainedHyperparameter(), RTHO, {}, ValueError, "`params` must hold weights"
+    ),
+    "no validation data": (
+        lambda: Untouched(lr=0.1),
+        lambda: RTHO(["lr"]),
+        {"val": []},
+        MisconfigurationException,
+        "validation data",
+    ),
+    "no validation batches": (
+        lambda: Untouched(lr=0.1),
+        lambda: RTHO(["lr"]),
+        {"limit_val_batches": 0},
+        MisconfigurationException,
+        "needs validation data",
+    ),
+    "several validation loaders": (
+        lambda: Untouched(lr=0.1),
+        lambda: RTHO(["lr"]),
+        {"val": [loader(4, 1, 2), loader(4, 1, 2)]},
+        MisconfigurationException,
+        "`dataloader` must say.*2 validation loaders",
+    ),
+    "validation step without a loss": (
+        lambda: NoLoss(lr=0.1),
+        lambda: RTHO(["lr"]),
+        {},
+        MisconfigurationException,
+        "`validation_step` must return the validation loss.*got None",
+    ),
+    "validation step with another key": (
+        lambda: NoLossKey(lr=0.1),
+        lambda: RTHO(["lr"]),
+        {},
+        MisconfigurationException,
+        r"the key 'loss', got a dict with the keys \['val_loss'\]",
+    ),
+    "detached validation loss": (
+        lambda: DetachedLoss(lr=0.1),
+        lambda: RTHO(["lr"]),
+        {},
+        MisconfigurationException,
+        "does not depend on the weights",
+    ),
+    "manual optimization": (
+        lambda: Manual(lr=0.1),
+        lambda: RTHO(["lr"]),
+        {},
+        MisconfigurationException,
+        "Manual optimization is not supported",
+    ),
+    "own backward": (
+        lambda: OwnBackward(lr=0.1),
+        lambda: RTHO(["lr"]),
+        {},
+        MisconfigurationException,
+        "`OwnBackward.backward` is overridden",
+    ),
+    "learning rate under a scheduler": (
+        lambda: Scheduled(lr=0.1),
+        lambda: RTHO(["lr"]),
+        {},
+        MisconfigurationException,
+        "`lr` cannot be tuned under a learning-rate scheduler, got StepLR",
+    ),
+    "parameter hook": (
+        lambda: Hooked(lr=0.1), lambda: RTHO(["lr"]), {}, MisconfigurationException, "has a hook"
+    ),
+    "momentum from 0 under dampening": (
+        lambda: Untouched(lr=0.1, dampening=0.1),
+        lambda: RTHO(["momentum"]),
+        {},
+        ValueError,
+        "`momentum` cannot be tuned from 0 with dampening",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refused_before_a_weight_has_moved(case):
+    make_module, make_callback, settings, error, message = CASES[case]
+    module = make_module()
+    before = [p.detach().clone() for p in module.parameters()]
+    with pytest.raises(error, match=f"(?s){message}"):
+        fit(module, make_callback(), **settings)
+    assert all(torch.equal(p, old) for p, old in zip(module.parameters(), before, strict=True))
+
+
+def test_several_optimizers_are_refused():
+    class Two(Manual):
+        automatic_optimization = False
+
+        def configure_optimizers(self):
+            return [optim.SGD([p], lr=0.1) for p in self.parameters()]
+
+    with pytest.raises(MisconfigurationException, match="Manual optimization"):
+        fit(Two(), RTHO(["lr"]))
+
+
+class ScaledGradient(SmallNet):
+    def on_after_backward(self):
+        for param in self.parameters():
+            param.grad.mul_(0.5)
+
+
+class ScaledBeforeStep(SmallNet):
+    def on_before_optimizer_step(self, optimizer):
+        for param in self.parameters():
+            param.grad.mul_(0.5)
+
+
+class OwnClipping(SmallNet):
+    def configure_gradient_clipping(self, optimizer, **kwargs):
+        for param in self.parameters():
+            param.grad.clamp_(-0.01, 0.01)
+
+
+class Unrepeatable(SmallNet):
+    def training_step(self, batch, batch_idx):
+        self.file = getattr(self, "file", None) or iter(range(100))
+        return super().training_step(batch, batch_idx) * (1 + next(self.file))
+
+
+@pytest.mark.parametrize("make", [RTHO, TRHO], ids=["forward", "reverse"])
+@pytest.mark.parametrize(
+    ("module", "settings"),
+    [
+        (ScaledGradient, {}),
+        (ScaledBeforeStep, {}),
+        (ScaledBeforeStep, {"gradient_clip_val": 0.1}),
+        (OwnClipping, {}),
+        (OwnClipping, {"gradient_clip_val": 0.1}),
+    ],
+)
+def test_gradients_edited_after_backward_are_refused(make, module, settings):
+    with pytest.raises(MisconfigurationException, match="changes gradients"):
+        fit(module(lr=0.1), make(["lr"], hyper_batch_size=2), **settings)
+
+
+def test_training_step_that_cannot_be_repeated_is_refused():
+    with pytest.raises(MisconfigurationException, match="does not compute the same loss twice"):
+        fit(Unrepeatable(lr=0.1), TRHO(["lr"], hyper_batch_size=2))
+
+
+def test_weight_decay_may_start_at_zero():
+    callback = RTHO({"weight_decay": NonNegative()}, hyper_batch_size=1)
+    fit(SmallNet(lr=0.1, weight_decay=0.0), callback)
+    assert callback.hyperparameters["weight_decay"] >= 0
