@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import WarningCache
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -84,7 +84,7 @@ class HypergradientCallback(Callback):
         self._objective: ValidationObjective | None = None
         self._descent: HyperparameterDescent | None = None
         self._next_update = hyper_batch_size
-        self._warnings = WarningCache()
+        self._warned = False
 
     @abstractmethod
     def _make_hypergradient(
@@ -206,11 +206,13 @@ class HypergradientCallback(Callback):
             ) from error
         if not (bool(hypergradient.isfinite().all()) and bool(outer.value.isfinite())):
             method.reset()
-            self._warnings.warn(
-                f"{type(self).__name__}: outer objective or hypergradient is not finite at step "
-                f"{trainer.global_step}. The hyperparameters keep their values, the weights "
-                "theirs; this is said once."
-            )
+            if not self._warned:
+                self._warned = True
+                rank_zero_warn(
+                    f"{type(self).__name__}: outer objective or hypergradient is not finite at "
+                    f"step {trainer.global_step}. The hyperparameters keep their values, the "
+                    "weights theirs; this is said once."
+                )
             return
         if self._descent is not None:
             self._descent.step(hypergradient)

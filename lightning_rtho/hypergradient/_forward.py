@@ -154,7 +154,7 @@ class ForwardHypergradient(AbstractHypergradient):
             [*tangents, *statistics], [*outer.params, *outer.statistics], strict=True
         ):
             if tangent is not None and gradient is not None:
-                total += (tangent.flatten(1) @ gradient.flatten()).to(total)
+                total += (tangent.reshape(self.entries, -1) @ gradient.flatten()).to(total)
         return total
 
 

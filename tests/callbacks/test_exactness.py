@@ -92,7 +92,6 @@ def check_all_methods(make: Any, values: dict[str, float], **settings: Any) -> N
     }
     for method, callback in observers().items():
         module = make(**as_hyperparameters(values))
-        module.held = module.settings  # hyperparameters are found as attributes
         found = measured(callback, module, steps=STEPS, **settings)
         for name, reference in expected.items():
             (value,) = (v for key, v in found.items() if key.split(".")[-1] == name)

@@ -176,7 +176,6 @@ def test_fit_that_fails_leaves_no_trace():
                 raise KeyError("on purpose")
 
     module = Failing(lr=0.1, momentum=Hyperparameter(0.5, Interval(0, 1)))
-    module.held = module.settings
     callback = TRHO(hyper_batch_size=10, tape=KeepGraph())
     with pytest.raises(KeyError):
         fit(module, callback, steps=9)
@@ -192,7 +191,6 @@ def test_fit_that_fails_leaves_no_trace():
 
 def test_second_fit_starts_afresh_with_the_tuned_values():
     module = SmallNet(lr=Hyperparameter(0.1, Positive()))
-    module.held = module.settings
     callback = RTHO(hyper_batch_size=2)
     fit(module, callback, steps=4)
     tuned = module.settings["lr"].item()

@@ -1,0 +1,212 @@
+"""Outer updates: how hyperparameters move, what is written down, what is shown."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import optim
+from torch.nn import functional as F
+
+from lightning_rtho import RTHO, TRHO, Hyperparameter, Interval, KeepGraph, Positive
+from tests.callbacks.problems import VAL_SIZE, SmallNet, fit, loader
+
+METHODS = {"rtho": RTHO, "trho": TRHO}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_learning_rate_grows_where_it_is_too_small(method):
+    callback = METHODS[method](["lr"], hyper_batch_size=2)
+    fit(SmallNet(lr=1e-5), callback, steps=40)
+    values = [update.values["lr"].item() for update in callback.schedule]
+    assert values == sorted(values)
+    assert values[-1] > 5e-5
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "outer_optimizer",
+    [
+        functools.partial(optim.SGD, lr=0.1),
+        functools.partial(optim.RMSprop, lr=0.1),
+        functools.partial(optim.Adam, lr=0.1),
+    ],
+    ids=["sgd", "rmsprop", "adam"],
+)
+def test_any_torch_optimizer_moves_them_against_the_hypergradient(method, outer_optimizer):
+    module = SmallNet(lr=Hyperparameter(0.01, Positive()), l2=Hyperparameter(0.01, Positive()))
+    callback = METHODS[method](hyper_batch_size=3, outer_optimizer=outer_optimizer)
+    fit(module, callback, steps=3)
+    (update,) = callback.schedule
+    for name, value in update.values.items():
+        assert (value - 0.01).sign() == -update.hypergradients[name].sign()
+        assert value == callback.hyperparameters[name]
+    assert module.l2.item() == callback.hyperparameters["l2"]
+
+
+def test_values_stay_in_their_domains():
+    module = SmallNet(momentum=Hyperparameter(0.9, Interval(0, 1)), lr=0.1)
+    callback = RTHO(hyper_batch_size=1, outer_optimizer=lambda raw: optim.SGD(raw, lr=1e6))
+    fit(module, callback, steps=20)
+    assert all(0 < update.values["settings.momentum"] < 1 for update in callback.schedule)
+
+
+def test_example_weights_of_any_shape_are_tuned():
+    class Weighted(SmallNet):
+        def __init__(self) -> None:
+            super().__init__(lr=0.1)
+            self.weights = Hyperparameter(torch.full((4, 1), 0.5), Interval(0, 1))
+
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            return (self.weights[: len(x)].sigmoid() * (self.net(x) - y) ** 2).mean()
+
+    found = {}
+    for name, callback in {
+        "forward": RTHO(hyper_batch_size=4, outer_optimizer=None),
+        "reverse": TRHO(hyper_batch_size=4, outer_optimizer=None),
+        "kept": TRHO(hyper_batch_size=4, outer_optimizer=None, tape=KeepGraph()),
+    }.items():
+        fit(Weighted(), callback, steps=4)
+        found[name] = callback.hypergradients["weights"]
+        assert found[name].shape == (4, 1)
+        assert (found[name] != 0).all()
+    # One method against the other: rounding alone is between them.
+    torch.testing.assert_close(found["forward"], found["reverse"], rtol=1e-10, atol=1e-15)
+    assert torch.equal(found["reverse"], found["kept"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_hypergradient_that_is_not_finite_skips_the_update_and_says_so_once(method):
+    class Overflowing(SmallNet):
+        def validation_step(self, batch, batch_idx):
+            loss = super().validation_step(batch, batch_idx)
+            return loss * float("inf") if 2 < self.global_step <= 6 else loss
+
+    callback = METHODS[method](["lr"], hyper_batch_size=2)
+    module = Overflowing(lr=0.1)
+    with pytest.warns(UserWarning, match="not finite at step 4.*keep their values") as warned:
+        fit(module, callback, steps=10)
+    assert len([w for w in warned if "not finite" in str(w.message)]) == 1
+    assert [update.step for update in callback.schedule] == [2, 8, 10]
+    assert all(update.hypergradients["lr"].isfinite() for update in callback.schedule)
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
+def test_every_logger_gets_every_update(tmp_path):
+    loggers = [TensorBoardLogger(tmp_path), CSVLogger(tmp_path)]
+    callback = RTHO(["lr", "momentum"], hyper_batch_size=3)
+    fit(
+        SmallNet(lr=0.1, momentum=0.5),
+        callback,
+        steps=9,
+        logger=loggers,
+        accumulate_grad_batches=2,
+    )
+    events = EventAccumulator(loggers[0].log_dir)
+    events.Reload()
+    expected = {
+        "outer_objective": [u.outer_objective for u in callback.schedule],
+        **{
+            f"hyperparameter/{name}": [u.values[name].item() for u in callback.schedule]
+            for name in ("lr", "momentum")
+        },
+        **{
+            f"hypergradient/{name}": [u.hypergradients[name].item() for u in callback.schedule]
+            for name in ("lr", "momentum")
+        },
+    }
+    for tag, values in expected.items():
+        scalars = events.Scalars(tag)
+        assert [s.step for s in scalars] == [3, 6, 9]
+        # TensorBoard keeps float32.
+        assert [s.value for s in scalars] == pytest.approx(values, rel=1e-6)
+    loggers[1].save()
+    text = Path(loggers[1].log_dir, "metrics.csv").read_text()
+    assert all(tag in text.splitlines()[0] for tag in expected)
+
+
+def test_values_are_on_the_progress_bar_and_can_be_monitored(tmp_path):
+    seen: list[dict[str, Any]] = []
+
+    class Watching(TQDMProgressBar):
+        def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+            super().on_train_batch_end(trainer, *args)
+            seen.append(self.get_metrics(trainer, trainer.lightning_module))
+
+    checkpoint = ModelCheckpoint(tmp_path, monitor="outer_objective", every_n_train_steps=4)
+    callback = RTHO(["lr"], hyper_batch_size=2)
+    trainer = fit(
+        SmallNet(lr=0.1),
+        callback,
+        Watching(),
+        checkpoint,
+        steps=8,
+        enable_progress_bar=True,
+        enable_checkpointing=True,
+    )
+    assert "hyperparameter/lr" not in seen[0]
+    assert all("hyperparameter/lr" in metrics for metrics in seen[2:])
+    assert trainer.callback_metrics["hyperparameter/lr"] == callback.hyperparameters["lr"]
+    assert checkpoint.best_model_score.item() == pytest.approx(
+        min(u.outer_objective for u in callback.schedule if u.step % 4 == 0)
+    )
+
+
+def test_outer_step_takes_the_place_of_validation_step():
+    class WithOuterStep(SmallNet):
+        def outer_step(self, batch, batch_idx):
+            assert not self.training
+            return (self.net(batch[0]) - batch[1]).abs().mean()
+
+    callback = RTHO(["lr"], hyper_batch_size=2, outer_optimizer=None)
+    module = WithOuterStep(lr=0.1)
+    fit(module, callback, steps=2)
+    (batch,) = loader(VAL_SIZE, seed=2, batch_size=VAL_SIZE)
+    expected = F.l1_loss(module.net(batch[0]), batch[1]).item()
+    assert callback.schedule[-1].outer_objective == pytest.approx(expected, rel=1e-12)
+
+
+def test_own_dataloader_and_several_batches_are_averaged():
+    data = loader(6, seed=5, batch_size=2)
+    callback = RTHO(
+        ["lr"], hyper_batch_size=2, outer_optimizer=None, dataloader=data, outer_batches=3
+    )
+    module = SmallNet(lr=0.1)
+    fit(module, callback, steps=2)
+    module.eval()
+    expected = sum(F.mse_loss(module.net(x), y).item() for x, y in data) / 3
+    assert callback.schedule[-1].outer_objective == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"fast_dev_run": 3},
+        {"barebones": True, "enable_checkpointing": None, "logger": None,
+         "enable_progress_bar": None, "enable_model_summary": None, "num_sanity_val_steps": None},
+        {"enable_progress_bar": True},
+        {"accumulate_grad_batches": 7},
+    ],
+    ids=lambda s: next(iter(s)),
+)  # fmt: skip
+def test_trainer_flags_do_no_harm(settings):
+    callback = TRHO(["lr"], hyper_batch_size=2)
+    fit(SmallNet(lr=0.1), callback, steps=4, **settings)
+    assert callback.schedule
+
+
+def test_other_trainer_verbs_ignore_the_callback():
+    callback = RTHO(["lr"], hyper_batch_size=2)
+    module = SmallNet(lr=0.1)
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, callbacks=[callback], enable_progress_bar=False
+    )
+    trainer.validate(module, loader(4, 1, 2), verbose=False)
+    assert callback.hyperparameters == {}
+    assert callback.hypergradients == {}
