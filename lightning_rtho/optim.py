@@ -12,12 +12,14 @@ from lightning_rtho._types import State
 from lightning_rtho.dynamics import (
     Transition,
     UpdateRule,
+    get_setting,
     read_hypers,
     read_state,
     rule_class_for,
     set_setting,
 )
 from lightning_rtho.hyperparameters import Hyperparameter
+from lightning_rtho.schedulers import check_schedulers, cycled_settings, rescale
 
 __all__ = ["DifferentiableOptimizer"]
 
@@ -40,6 +42,7 @@ class DifferentiableOptimizer(Optimizer):
 
     Args:
         optimizer: A torch optimizer with a known update rule.
+        schedulers: Schedulers of its learning rate; a tuned rate is the base that they shape.
 
     Raises:
         TypeError: If there is no rule for its class.
@@ -55,19 +58,30 @@ class DifferentiableOptimizer(Optimizer):
         (True, True)
     """
 
-    def __new__(cls, optimizer: Optimizer) -> "DifferentiableOptimizer":
+    def __new__(
+        cls, optimizer: Optimizer, schedulers: Sequence[Any] = ()
+    ) -> "DifferentiableOptimizer":
         """Make an object that is also an instance of the wrapped optimizer's class."""
         name = f"Differentiable{type(optimizer).__name__}"
         combined = type(name, (DifferentiableOptimizer, type(optimizer)), {})
         return object.__new__(combined)
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, schedulers: Sequence[Any] = ()) -> None:
         self.optimizer = optimizer
+        self._schedulers = list(schedulers)
         self.rule_class: type[UpdateRule] = rule_class_for(optimizer)
         self.before_update: Callable[[], None] | None = None
         self._sites = _find_sites(optimizer, self.rule_class)
         self._derivative_buffers: dict[Tensor, State] = {}
-        self.write_hyperparameters()
+        for site in self._sites:  # to the numbers that they are; a scheduler may have set them
+            group = self.param_groups[site.group]
+            set_setting(group, site.setting, float(get_setting(group, site.setting)))
+        for hyperparameter in self.hyperparameters:
+            hyperparameter.restore()
+        self._check_schedule()
+        self._written = [site.hyperparameter.item() for site in self._sites]
+        if not self._schedulers:
+            self.write_hyperparameters()
 
     @property
     def hyperparameters(self) -> list[Hyperparameter]:
@@ -89,9 +103,40 @@ class DifferentiableOptimizer(Optimizer):
         return [param for group in self.param_groups for param in group["params"]]
 
     def write_hyperparameters(self) -> None:
-        """Write the present value of every hyperparameter to where it acts in the groups."""
-        for site in self._sites:
-            set_setting(self.param_groups[site.group], site.setting, site.hyperparameter.item())
+        """Write the present value of every hyperparameter to where it acts in the groups.
+
+        A learning rate under a schedule takes the whole schedule with it.
+        """
+        ratios = [1.0] * len(self.param_groups)
+        for number, site in enumerate(self._sites):
+            value = site.hyperparameter.item()
+            if site.setting == "lr" and self._schedulers:
+                ratios[site.group] = value / (self._written[number] or 1.0)
+            else:
+                set_setting(self.param_groups[site.group], site.setting, value)
+            self._written[number] = value
+        if any(ratio != 1 for ratio in ratios):
+            rescale(self._schedulers, self.param_groups, ratios)
+
+    def _check_schedule(self) -> None:
+        """Check that schedulers and tuned settings get along."""
+        rates = [site.hyperparameter for site in self._sites if site.setting == "lr"]
+        if rates and self._schedulers:
+            for rate in rates:
+                if rate.item() == 0:
+                    raise ValueError(
+                        "`lr` cannot be tuned from 0 under a scheduler, which scales it. Start "
+                        "above 0."
+                    )
+            all_groups = len(rates) == len(self.param_groups)
+            one_rate = all_groups and all(rate is rates[0] for rate in rates)
+            check_schedulers(self._schedulers, one_rate)
+        cycled = sorted(self.tuned_settings & cycled_settings(self._schedulers))
+        if cycled:
+            raise ValueError(
+                f"`{cycled[0]}` cannot be tuned while a scheduler cycles it. Set "
+                "`cycle_momentum=False` in the scheduler."
+            )
 
     def transitions(self, columns: Mapping[int, int]) -> list[Transition]:
         """Describe the update that :meth:`step` would make with the present gradients.
@@ -110,14 +155,26 @@ class DifferentiableOptimizer(Optimizer):
                 if site.group == number and id(site.hyperparameter) in columns
             }
             rule = self.rule_class.from_group(group, tuned)
+            slopes = self._slopes(number)
             for index, param in enumerate(group["params"], start=first):
                 if param.grad is not None:
                     hyper = read_hypers(self.rule_class, group, param.device)
                     state = read_state(self.rule_class, self.optimizer, param)
                     state = {**self._derivative_buffers.get(param, {}), **state}
-                    found.append(Transition(index, rule, state, param.grad, hyper, tuned))
+                    found.append(Transition(index, rule, state, param.grad, hyper, tuned, slopes))
             first += len(group["params"])
         return found
+
+    def _slopes(self, number: int) -> dict[str, float]:
+        """Derivatives of a group's settings by the hyperparameters that stand in their place."""
+        if not self._schedulers:
+            return {}
+        bases = [
+            base
+            for site, base in zip(self._sites, self._written, strict=True)
+            if site.group == number and site.setting == "lr"
+        ]
+        return {"lr": self.param_groups[number]["lr"] / (bases[0] or 1.0)} if bases else {}
 
     def carry_derivative_buffers(self, transitions: Sequence[Transition]) -> None:
         """Carry the buffers that only the derivative needs through the coming update.

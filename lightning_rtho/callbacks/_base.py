@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_rtho.callbacks._checks import check_optimizers, check_schedulers, check_settings
+from lightning_rtho.callbacks._checks import check_optimizers, check_settings
 from lightning_rtho.callbacks._objective import ValidationObjective, check_validation_step
 from lightning_rtho.callbacks._run import FollowedRun
 from lightning_rtho.callbacks._selection import Selection, select_hyperparameters
@@ -120,9 +120,8 @@ class HypergradientCallback(Callback):
         for hyper in self._tuned.values():
             if hyper.dim() > 0:
                 hyper.data = hyper.data.to(pl_module.device)
-        optimizer = DifferentiableOptimizer(inner)
-        trainer.optimizers = [optimizer]
-        check_schedulers(trainer, optimizer)
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        trainer.optimizers = [DifferentiableOptimizer(inner, schedulers)]
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -5,9 +5,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_rtho.optim import DifferentiableOptimizer
-
-__all__ = ["check_optimizers", "check_schedulers", "check_settings"]
+__all__ = ["check_optimizers", "check_settings"]
 
 
 def check_settings(trainer: Trainer, module: LightningModule) -> None:
@@ -54,24 +52,4 @@ def check_optimizers(trainer: Trainer) -> None:
     if len(trainer.optimizers) != 1:
         raise MisconfigurationException(
             f"`configure_optimizers` must return one optimizer, got {len(trainer.optimizers)}."
-        )
-
-
-def check_schedulers(trainer: Trainer, optimizer: DifferentiableOptimizer) -> None:
-    """Check that no scheduler writes to a tuned learning rate.
-
-    Args:
-        trainer: The trainer.
-        optimizer: The optimizer.
-
-    Raises:
-        MisconfigurationException: If one does.
-    """
-    scheduled = {"lr", "momentum", "beta1"} if trainer.lr_scheduler_configs else set()
-    tuned = sorted(scheduled & optimizer.tuned_settings)
-    if tuned:
-        raise MisconfigurationException(
-            f"`{tuned[0]}` cannot be tuned under a learning-rate scheduler, got "
-            f"{type(trainer.lr_scheduler_configs[0].scheduler).__name__}. Remove the scheduler: "
-            "the callback takes its place."
         )

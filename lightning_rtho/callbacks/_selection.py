@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_rtho.dynamics import get_setting, rule_class_for, set_setting
@@ -73,16 +72,19 @@ def _place(
     placed = {}
     for number, group in enumerate(optimizer.param_groups, start=1):
         full_name = name if len(optimizer.param_groups) == 1 else f"{name}/pg{number}"
-        value = get_setting(group, name)
-        if isinstance(value, Hyperparameter):
+        present = get_setting(group, name)
+        if isinstance(present, Hyperparameter):
             raise ValueError(
-                f"`hyperparameters` names {name!r}, but the module has already put {value!r} "
+                f"`hyperparameters` names {name!r}, but the module has already put {present!r} "
                 "there. Name that one by its attribute."
             )
-        number_value = value.item() if isinstance(value, Tensor) else value
+        # Under a schedule the base is tuned; the rate of the day stays where it stands.
+        base = group.get("initial_lr", present) if name == "lr" else present
         try:
-            placed[full_name] = Hyperparameter(number_value, domain or rule_class.domains[name])
+            hyper = Hyperparameter(float(base), domain or rule_class.domains[name])
         except ValueError as error:
             raise ValueError(f"`hyperparameters` names {name!r}: {error}") from None
-        set_setting(group, name, placed[full_name])
+        hyper.plain.fill_(float(present))
+        placed[full_name] = hyper
+        set_setting(group, name, hyper)
     return placed

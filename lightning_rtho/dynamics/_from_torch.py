@@ -1,7 +1,7 @@
 """From a torch optimizer to its update rule, its settings and its state."""
 
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -53,6 +53,8 @@ class Transition:
         grad: Gradient as the optimizer sees it, after clipping ``[*P]``.
         hyper: Natural settings, each ``[]``.
         columns: Tuned settings, each with its entry in the vector of all hyperparameters.
+        slopes: Derivative of a tuned setting by its hyperparameter, where that is not 1: a
+            scheduled learning rate over its base.
     """
 
     index: int
@@ -61,6 +63,7 @@ class Transition:
     grad: Tensor
     hyper: Hypers
     columns: Mapping[str, int]
+    slopes: Mapping[str, float] = field(default_factory=dict)
 
 
 def register_rule(optimizer_class: type[Optimizer], rule_class: type[UpdateRule]) -> None:

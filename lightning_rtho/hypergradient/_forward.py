@@ -132,7 +132,8 @@ class ForwardHypergradient(AbstractHypergradient):
                 for name, value in transition.state.items()
             }
             hyper_dot = {
-                name: _one_hot(column, self.entries, like=transition.hyper[name])
+                name: transition.slopes.get(name, 1.0)
+                * _one_hot(column, self.entries, like=transition.hyper[name])
                 for name, column in transition.columns.items()
             }
             self.tangents[transition.index] = step_jvp(transition, state_dot, grad_dot, hyper_dot)

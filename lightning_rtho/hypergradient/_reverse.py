@@ -61,10 +61,12 @@ class ReverseHypergradient(AbstractHypergradient):
         ]
         betas = list(outer.statistics)
         total = self._flat(outer.hypers)
-        for recorded in self.tape.backward(self.params, self.hypers):
-            grads_bar = self._pull_back_update(recorded.step, alphas, total)
-            total += self._pull_back_losses(recorded, alphas, betas, grads_bar)
-        self.reset()
+        try:
+            for recorded in self.tape.backward(self.params, self.hypers):
+                grads_bar = self._pull_back_update(recorded.step, alphas, total)
+                total += self._pull_back_losses(recorded, alphas, betas, grads_bar)
+        finally:  # a window that cannot be read ends, too
+            self.reset()
         return total
 
     def _pull_back_update(
@@ -76,7 +78,7 @@ class ReverseHypergradient(AbstractHypergradient):
             state_bar, grad_bar, hyper_bar = step_vjp(transition, alphas[transition.index])
             alphas[transition.index] = state_bar
             for name, column in transition.columns.items():
-                total[column] += hyper_bar[name].to(total)
+                total[column] += transition.slopes.get(name, 1.0) * hyper_bar[name].to(total)
             grads_bar = [*grads_bar, grad_bar]
         if step.clip is not None and step.transitions:
             grads_bar = step.clip.vjp(step.raw_grads, grads_bar)

@@ -1,6 +1,7 @@
 """A hyperparameter: a tensor that stands where a plain number stood."""
 
 import functools
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -123,23 +124,43 @@ def _call_with_numbers(
     return func(*_map_numbers(args, as_scalar), **_map_numbers(kwargs, as_scalar))
 
 
-def _arithmetic(name: str) -> Callable[..., Any]:
-    """Make an operator that gives a Python number for Python numbers while nothing is live."""
-    tensor_operator, float_operator = getattr(Tensor, name), getattr(float, name)
+def _arithmetic(name: str, reflected: bool) -> Callable[..., Any]:
+    """Make an operator that does what it does with a Python number in the number's place."""
+    method = f"__r{name}__" if reflected else f"__{name}__"
+    on_numbers = getattr(operator, name)
+    # The method of the tensor x that Python calls when a number stands beside it. It may round
+    # otherwise than its twin: 0.1 / x is x.reciprocal() * 0.1.
+    beside_tensor = getattr(Tensor, f"__{name}__" if reflected else f"__r{name}__")
 
-    def operator(self: Number, *others: Any) -> Any:
-        numbers = [self, *others]
-        if any(isinstance(n, Tensor) and (n.requires_grad or not _is_number(n)) for n in numbers):
-            return tensor_operator(self, *others)
-        return float_operator(*(float(n) if isinstance(n, Tensor) else n for n in numbers))
+    def apply(self: Number, other: Any) -> Any:
+        if self.dim() > 0:
+            return getattr(Tensor, method)(self, other)
+        if isinstance(other, Tensor) and not _is_number(other):
+            scalar = _cast(self, other.dtype) if self.requires_grad else self.item()
+            result = beside_tensor(other, scalar)
+            return result.to(torch.result_type(other, 1.0))
+        pair = (other, self) if reflected else (self, other)
+        if not any(isinstance(n, Tensor) and n.requires_grad for n in pair):
+            return on_numbers(*(n.item() if isinstance(n, Tensor) else n for n in pair))
+        # Tensors both: torch rounds h ** 3 and 1 / h otherwise than Python where one is a number.
+        with torch._C.DisableTorchFunctionSubclass():
+            plain = (torch.as_tensor(n, dtype=self.dtype).as_subclass(Tensor) for n in pair)
+            return on_numbers(*plain).as_subclass(Number)
 
-    return operator
+    return apply
+
+
+def _cast(number: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turn a live scalar into the tensor that stands for it beside one of `dtype`."""
+    # From float32 up: kernels of lower precision read their scalars in float32. The C type, not
+    # the subclass, or the result would be a Number with no precision to keep.
+    floating = dtype if dtype.is_floating_point else torch.get_default_dtype()
+    return number.as_subclass(Tensor).to(torch.promote_types(floating, torch.float32))
 
 
 for _name in ("add", "sub", "mul", "truediv", "pow"):
-    for _prefix in ("", "r"):
-        setattr(Number, f"__{_prefix}{_name}__", _arithmetic(f"__{_prefix}{_name}__"))
-Number.__neg__ = _arithmetic("__neg__")
+    setattr(Number, f"__{_name}__", _arithmetic(_name, reflected=False))
+    setattr(Number, f"__r{_name}__", _arithmetic(_name, reflected=True))
 
 
 class Hyperparameter(Number):
@@ -168,6 +189,7 @@ class Hyperparameter(Number):
     """
 
     domain: Domain
+    _assigned: Tensor
 
     def __new__(cls, value: Any, domain: Domain) -> "Hyperparameter":
         """Check the value and make the tensor."""
@@ -193,6 +215,7 @@ class Hyperparameter(Number):
                 )
             hyperparameter = tensor.as_subclass(cls)
         hyperparameter.domain = domain
+        hyperparameter._assigned = tensor.clone()
         return hyperparameter
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -209,6 +232,19 @@ class Hyperparameter(Number):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle value and domain."""
         return Hyperparameter, (self.plain.clone(), self.domain)
+
+    def assign(self, value: Tensor) -> None:
+        """Give it another natural value ``[*H]``."""
+        self.plain.copy_(value)
+        self._assigned = self.plain.clone()
+
+    def restore(self) -> None:
+        """Take back the value last assigned.
+
+        A torch scheduler writes the scheduled rate into a tensor that stands in a parameter group;
+        the hyperparameter is the base of the schedule, not the rate of the day.
+        """
+        self.plain.copy_(self._assigned)
 
     @property
     def plain(self) -> Tensor:

@@ -70,4 +70,4 @@ class HyperparameterDescent:
         with torch.no_grad():
             for hyper, raw in zip(self.hyperparameters, self.raw, strict=True):
                 raw.copy_(hyper.domain.project(raw))
-                hyper.plain.copy_(hyper.domain.from_raw(raw))
+                hyper.assign(hyper.domain.from_raw(raw))

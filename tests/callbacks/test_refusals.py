@@ -75,10 +75,26 @@ class OwnBackward(Untouched):
         loss.backward()
 
 
+class OwnSchedule(optim.lr_scheduler.StepLR):
+    pass
+
+
 class Scheduled(Untouched):
     def configure_optimizers(self):
         optimizer = super().configure_optimizers()
-        return [optimizer], [optim.lr_scheduler.StepLR(optimizer, 1)]
+        return [optimizer], [OwnSchedule(optimizer, 1)]
+
+
+class Cycled(Untouched):
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        return [optimizer], [optim.lr_scheduler.OneCycleLR(optimizer, 0.1, 10)]
+
+
+class SharedMinimum(Untouched):
+    def configure_optimizers(self):
+        optimizer = optim.SGD([{"params": [p]} for p in self.parameters()], lr=0.1)
+        return [optimizer], [optim.lr_scheduler.CosineAnnealingLR(optimizer, 10, eta_min=0.01)]
 
 
 class UsedNowhere(Untouched):
@@ -195,8 +211,22 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
         lambda: Scheduled(lr=0.1),
         lambda: RTHO(["lr"]),
         {},
-        MisconfigurationException,
-        "`lr` cannot be tuned under a learning-rate scheduler, got StepLR",
+        TypeError,
+        "`lr` cannot be tuned under the scheduler `OwnSchedule`",
+    ),
+    "momentum under a scheduler that cycles it": (
+        lambda: Cycled(lr=0.1, momentum=0.5),
+        lambda: RTHO(["momentum"]),
+        {},
+        ValueError,
+        "`momentum` cannot be tuned while a scheduler cycles it",
+    ),
+    "least rate shared by groups": (
+        lambda: SharedMinimum(),
+        lambda: RTHO(["lr"]),
+        {},
+        ValueError,
+        "`eta_min` of CosineAnnealingLR must be 0",
     ),
     "parameter hook": (
         lambda: Hooked(lr=0.1), lambda: RTHO(["lr"]), {}, MisconfigurationException, "has a hook"

@@ -1,0 +1,164 @@
+"""A tuned learning rate under a scheduler is the base that the schedule shapes."""
+
+import csv
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import CSVLogger
+from torch import optim
+from torch.optim import lr_scheduler as lrs
+from torch.optim.swa_utils import SWALR
+
+from lightning_rtho import RTHO, TRHO, Hyperparameter, Positive
+from tests.callbacks.problems import SmallNet, finite_difference, fit, validation_loss
+
+# Every scheduler, with each rate it is given in proportion to the base.
+SCHEDULERS: dict[str, Callable[[optim.Optimizer, float], Any]] = {
+    "lambda": lambda o, lr: lrs.LambdaLR(o, lambda t: 1 / (1 + t)),
+    "multiplicative": lambda o, lr: lrs.MultiplicativeLR(o, lambda t: 0.8),
+    "step": lambda o, lr: lrs.StepLR(o, 2, 0.5),
+    "multistep": lambda o, lr: lrs.MultiStepLR(o, [1, 3], 0.5),
+    "constant": lambda o, lr: lrs.ConstantLR(o, 0.3, 2),
+    "linear": lambda o, lr: lrs.LinearLR(o, 0.2, 1.0, 4),
+    "exponential": lambda o, lr: lrs.ExponentialLR(o, 0.7),
+    "polynomial": lambda o, lr: lrs.PolynomialLR(o, 8, 2.0),
+    "cosine": lambda o, lr: lrs.CosineAnnealingLR(o, 6, eta_min=0.1 * lr),
+    "restarts": lambda o, lr: lrs.CosineAnnealingWarmRestarts(o, 3, eta_min=0.1 * lr),
+    "cyclic": lambda o, lr: lrs.CyclicLR(o, lr, 4 * lr, 2, cycle_momentum=False),
+    "onecycle": lambda o, lr: lrs.OneCycleLR(o, lr, 12, div_factor=4.0, cycle_momentum=False),
+    "sequential": lambda o, lr: lrs.SequentialLR(
+        o, [lrs.LinearLR(o, 0.2, 1.0, 2), lrs.CosineAnnealingLR(o, 6, eta_min=0.1 * lr)], [2]
+    ),
+    "chained": lambda o, lr: lrs.ChainedScheduler([
+        lrs.LinearLR(o, 0.2, 1.0, 3),
+        lrs.ExponentialLR(o, 0.8),
+    ]),
+    "swa": lambda o, lr: SWALR(o, 0.3 * lr, anneal_epochs=3),
+}
+
+
+class Scheduled(SmallNet):
+    """A scheduler over SGD with momentum; `lr` is a number or a hyperparameter."""
+
+    def __init__(self, make: Callable[..., Any], interval: str = "step", **settings: Any) -> None:
+        super().__init__(optim.SGD, **settings)
+        self.make, self.interval = make, interval
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        scheduler = self.make(optimizer, float(self.settings["lr"]))
+        return [optimizer], [{"scheduler": scheduler, "interval": self.interval}]
+
+
+@pytest.mark.parametrize("declared", [True, False], ids=["declared", "named"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_hypergradients_are_exact_under_every_scheduler(name, declared):
+    base = 0.1
+
+    def loss_at(lr: float, l2: float) -> float:
+        module = Scheduled(SCHEDULERS[name], lr=lr, momentum=0.5, l2=l2)
+        fit(module, steps=5)
+        return validation_loss(module)
+
+    values = {"lr": base, "l2": 0.01}
+    expected = {
+        "lr": finite_difference(base, lambda lr: loss_at(lr, 0.01)),
+        "l2": finite_difference(0.01, lambda l2: loss_at(base, l2)),
+    }
+    for make in (RTHO, TRHO):
+        lr = Hyperparameter(base, Positive()) if declared else base
+        module = Scheduled(
+            SCHEDULERS[name], lr=lr, momentum=0.5, l2=Hyperparameter(0.01, Positive())
+        )
+        chosen = ["settings.lr", "l2"] if declared else ["lr", "l2"]
+        callback = make(chosen, hyper_batch_size=5, outer_optimizer=None)
+        fit(module, callback, steps=5)
+        for key, reference in expected.items():
+            (full,) = (k for k in callback.hypergradients if k.endswith(key))
+            # By the logarithm: the base of `OneCycleLR` is a fraction of the rate it was given.
+            found = callback.hypergradients[full] * callback.hyperparameters[full]
+            # The differences err by 1e-10 of the loss; see `finite_difference`.
+            assert found.item() == pytest.approx(reference * values[key], rel=1e-6)
+
+
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_moved_base_takes_the_schedule_with_it(name, interval):
+    rates: list[tuple[float, float]] = []
+
+    class Watching(Scheduled):
+        def on_train_batch_start(self, batch, batch_idx):
+            group = self.trainer.optimizers[0].param_groups[0]
+            rates.append((callback.hyperparameters["lr"].item(), group["lr"]))
+
+    callback = RTHO(["lr"], hyper_batch_size=3)
+    fit(Watching(SCHEDULERS[name], interval, lr=0.01), callback, steps=12)
+    assert len({base for base, _ in rates}) == 4
+    plain: list[float] = []
+
+    class Plain(Scheduled):
+        def on_train_batch_start(self, batch, batch_idx):
+            plain.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    fit(Plain(SCHEDULERS[name], interval, lr=0.01), steps=12)
+    # Rounding of a few products; the schedule is the plain one, with another base.
+    assert [rate / base for base, rate in rates] == pytest.approx(
+        [rate / rates[0][0] for rate in plain], rel=1e-12
+    )
+
+
+def test_plateaus_scale_the_rate_that_is_tuned():
+    class Plateau(SmallNet):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            scheduler = lrs.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=1e9)
+            config = {"scheduler": scheduler, "monitor": "train_loss", "interval": "step"}
+            return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def loss_at(lr: float) -> float:
+        module = Plateau(lr=lr)
+        fit(module, steps=5)
+        return validation_loss(module)
+
+    expected = finite_difference(0.1, loss_at)
+    callback = RTHO(["lr"], hyper_batch_size=5, outer_optimizer=None)
+    trainer = fit(Plateau(lr=0.1), callback, steps=5)
+    assert trainer.optimizers[0].param_groups[0]["lr"] < 0.1
+    assert callback.hypergradients["lr"].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_monitor_shows_the_scheduled_rate(tmp_path):
+    callback = RTHO(["lr"], hyper_batch_size=1)
+    logger = CSVLogger(tmp_path)
+    fit(
+        Scheduled(SCHEDULERS["exponential"], lr=0.01),
+        callback,
+        LearningRateMonitor("step"),
+        steps=5,
+        logger=logger,
+        log_every_n_steps=1,
+    )
+    logger.save()
+    with Path(logger.log_dir, "metrics.csv").open() as file:
+        shown = [float(row["lr-SGD"]) for row in csv.DictReader(file) if row["lr-SGD"]]
+    bases = [0.01, *(update.values["lr"].item() for update in callback.schedule[:-1])]
+    expected = [base * 0.7**t for t, base in enumerate(bases)]
+    assert shown == pytest.approx(expected, rel=1e-6)  # the file keeps fewer digits
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_observing_changes_nothing_under_a_scheduler(name):
+    torch.set_default_dtype(torch.float32)
+    weights = []
+    for callbacks in ([], [RTHO(["settings.lr"], hyper_batch_size=2, outer_optimizer=None)]):
+        lr = Hyperparameter(0.1, Positive())
+        module = Scheduled(SCHEDULERS[name], lr=lr, momentum=0.5)
+        fit(module, *callbacks, steps=8)
+        weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    assert torch.equal(*weights)
+    assert not math.isnan(weights[0].sum().item())
