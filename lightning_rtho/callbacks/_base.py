@@ -153,6 +153,17 @@ class HypergradientCallback(Callback):
             self._run.before_batch(batch, batch_idx, follow=started and not stopped)
 
     @override
+    def on_before_zero_grad(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Begin a new gradient; a step that was prepared and not made has been skipped."""
+        if self._run is not None and self._run.begin_step() == 1:
+            rank_zero_warn(
+                f"{type(self).__name__}: step {trainer.global_step} was skipped, since its scaled "
+                "gradient overflowed. Hypergradients skip it too; this is said once."
+            )
+
+    @override
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:

@@ -33,11 +33,6 @@ def check_settings(trainer: Trainer, module: LightningModule) -> None:
             f"`strategy` must keep training on one device, got {type(trainer.strategy).__name__}. "
             "Use `Trainer(devices=1)`."
         )
-    if getattr(trainer.precision_plugin, "scaler", None) is not None:
-        raise MisconfigurationException(
-            f"`precision={trainer.precision!r}` scales the loss, which is not supported. Use "
-            "'bf16-mixed' or '32-true'."
-        )
 
 
 def check_optimizers(trainer: Trainer) -> None:
@@ -47,9 +42,15 @@ def check_optimizers(trainer: Trainer) -> None:
         trainer: The trainer.
 
     Raises:
-        MisconfigurationException: If there is not exactly one.
+        MisconfigurationException: If there is not exactly one, or it unscales gradients itself.
     """
     if len(trainer.optimizers) != 1:
         raise MisconfigurationException(
             f"`configure_optimizers` must return one optimizer, got {len(trainer.optimizers)}."
+        )
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is not None and getattr(trainer.optimizers[0], "_step_supports_amp_scaling", False):
+        raise MisconfigurationException(
+            "`fused=True` lets the optimizer free gradients of the loss scale out of sight, which "
+            "cannot be followed. Use `fused=False` with `precision='16-mixed'`."
         )

@@ -15,7 +15,20 @@ from torch import Tensor, nn
 from lightning_rtho.callbacks._isolation import isolated
 from lightning_rtho.linearization import RunningStatistics, TracedLoss
 
-__all__ = ["TrainingStepReplay"]
+__all__ = ["TrainingStepReplay", "loss_scale"]
+
+
+def loss_scale(trainer: Trainer) -> float:
+    """Return the factor by which the trainer scales the loss before backward.
+
+    Args:
+        trainer: The trainer.
+
+    Returns:
+        The factor; 1 without a gradient scaler.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 1.0 if scaler is None else float(scaler.get_scale())
 
 
 def _buffers(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
@@ -72,6 +85,8 @@ class TrainingStepReplay:
         self._args = [batch]
         if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2):
             self._args.append(batch_idx)
+        self._scale = loss_scale(trainer)
+        self._accumulated = trainer.accumulate_grad_batches
         # Private: Lightning's public `isolate_rng` restores the random state, but not at will.
         self._rng = _collect_rng_states(include_cuda=torch.cuda.is_available())
         self._progress = _Progress(trainer, trainer.global_step, trainer.current_epoch)
@@ -98,4 +113,5 @@ class TrainingStepReplay:
             self._statistics.start()
             output: Any = trainer.strategy.training_step(*self._args)
             loss = output["loss"] if isinstance(output, dict) else output
-            return TracedLoss(loss / trainer.accumulate_grad_batches, self._statistics.collect())
+            loss = loss / self._accumulated * self._scale
+            return TracedLoss(loss, self._statistics.collect(), self._scale)

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_rtho.callbacks._replay import TrainingStepReplay
+from lightning_rtho.callbacks._replay import TrainingStepReplay, loss_scale
 from lightning_rtho.hypergradient import AbstractHypergradient, OptimizerStep
 from lightning_rtho.hyperparameters import Hyperparameter
 from lightning_rtho.linearization import (
@@ -51,10 +51,12 @@ class FollowedRun:
         self._tuned = tuned
         self._columns = _columns(tuned)
         self.method = make_method(_params(module, optimizer), list(tuned.values()))
-        self.steps = 0
+        self.steps = self._skipped_steps = 0
+        self._recorded = False
         self._statistics = RunningStatistics(module)
         self._clip = _clip(trainer)
         self._raw_grads: dict[Tensor, Tensor] = {}
+        self._following = False
         self._replay: TrainingStepReplay | None = None
         acting = {id(hyper) for hyper in optimizer.hyperparameters}
         self._unseen = {name: hyper for name, hyper in tuned.items() if id(hyper) not in acting}
@@ -62,24 +64,28 @@ class FollowedRun:
 
     def before_batch(self, batch: Any, batch_idx: int, *, follow: bool) -> None:
         """Take down what the coming training step depends on, if it is followed."""
-        self._replay = None
+        self._following, self._replay = follow, None
         for hyper in self._tuned.values():
             hyper.requires_grad_(follow)
         if follow:
             self.method.start()
-            self._replay = TrainingStepReplay(
-                self._trainer, self._module, batch, batch_idx, self._statistics
-            )
+            if self.method.needs_replay:
+                self._replay = TrainingStepReplay(
+                    self._trainer, self._module, batch, batch_idx, self._statistics
+                )
             self._statistics.start()
 
     def before_backward(self, loss: Tensor) -> None:
         """Hand the loss to the method; where that gives the gradient, backward just uses it."""
-        if self._replay is None:
+        if not self._following:
             return
-        self._replay.keep_changed_buffers()
+        if self._replay is not None:
+            self._replay.keep_changed_buffers()
         self._look_for_unseen(loss)
-        traced = TracedLoss(loss, self._statistics.collect())
+        scale = loss_scale(self._trainer)
+        traced = TracedLoss(loss, self._statistics.collect(), scale)
         gradients = self.method.record(traced, self._replay)
+        self._recorded = True
         if gradients is not None:
             pairs = [
                 (param, gradient)
@@ -100,6 +106,21 @@ class FollowedRun:
                 if gradient is None
             }
 
+    def begin_step(self) -> int:
+        """Tell the method if the last step, of which it has seen the losses, was not made.
+
+        A gradient scaler skips the step of an overflown gradient.
+
+        Returns:
+            How many steps have been skipped if the last was; else 0.
+        """
+        if not self._recorded:
+            return 0
+        self.method.advance(OptimizerStep([], []))
+        self._recorded = False
+        self._skipped_steps += 1
+        return self._skipped_steps
+
     def after_backward(self) -> None:
         """Give backward back to the module."""
         vars(self._module).pop("backward", None)
@@ -108,7 +129,7 @@ class FollowedRun:
 
     def before_clipping(self) -> None:
         """Take down the gradients that are about to be clipped."""
-        if self._replay is not None and self._clip is not None:
+        if self._following and self._clip is not None:
             self._raw_grads = {
                 param: param.grad.detach().clone()
                 for param in self.method.params
@@ -117,7 +138,7 @@ class FollowedRun:
 
     def _before_update(self) -> None:
         """Hand the optimizer's coming step to the method."""
-        if self._replay is None:
+        if not self._following:
             return
         if self._unseen:
             name = next(iter(self._unseen))
@@ -131,7 +152,8 @@ class FollowedRun:
         raw = [self._raw_grads.get(params[t.index], t.grad) for t in transitions]
         self.method.advance(OptimizerStep(transitions, raw, self._clip))
         self._optimizer.carry_derivative_buffers(transitions)
-        self.steps += 1
+        self.steps += bool(transitions)
+        self._recorded = False
 
     def end(self) -> None:
         """Let go of everything."""

@@ -33,7 +33,7 @@ class OptimizerStep:
     """One step of the optimizer, about to be made.
 
     Attributes:
-        transitions: One for each parameter that has a gradient.
+        transitions: One for each parameter that has a gradient; none where the step is skipped.
         raw_grads: Their gradients before clipping, each ``[*P]``.
         clip: The clipping between raw gradients and those in `transitions`.
     """
@@ -78,6 +78,11 @@ class AbstractHypergradient(ABC):
         self.sizes = [hyper.numel() for hyper in hypers]
 
     @property
+    @abstractmethod
+    def needs_replay(self) -> bool:
+        """Whether losses are computed again."""
+
+    @property
     def entries(self) -> int:
         """Number m of hyperparameter entries."""
         return sum(self.sizes)
@@ -87,16 +92,16 @@ class AbstractHypergradient(ABC):
         """Prepare for the forward pass of a training step."""
 
     @abstractmethod
-    def record(self, loss: TracedLoss, replay: Replay) -> list[Tensor | None] | None:
+    def record(self, loss: TracedLoss, replay: Replay | None) -> list[Tensor | None] | None:
         """Take in the loss of one micro-batch, before its backward pass.
 
         Args:
             loss: The loss with its graph, scaled as it enters the optimizer's gradient.
-            replay: Computes it again.
+            replay: Computes it again; may be None unless :attr:`needs_replay`.
 
         Returns:
-            The gradients by the parameters where they were computed on the way, each ``[*P]`` or
-            None; None where they were not.
+            The gradients by the parameters, scaled as the loss is, where they were computed on
+            the way, each ``[*P]`` or None; None where they were not.
         """
 
     @abstractmethod

@@ -38,7 +38,7 @@ class ForwardHypergradient(AbstractHypergradient):
         >>> w = torch.tensor([1.0], requires_grad=True)
         >>> rho = torch.tensor(0.5, requires_grad=True)
         >>> forward = ForwardHypergradient([w], [rho])
-        >>> forward.record(TracedLoss(rho * (w**2).sum()), replay=None)
+        >>> forward.record(TracedLoss(rho * (w**2).sum()))
         [tensor([1.])]
 
     References:
@@ -63,10 +63,15 @@ class ForwardHypergradient(AbstractHypergradient):
         self._grads: list[Tensor | None] = [None] * len(self.params)
         self._grads_dot: list[Tensor | None] = [None] * len(self.params)
 
+    @property
+    def needs_replay(self) -> bool:
+        """See :attr:`AbstractHypergradient.needs_replay`."""
+        return False
+
     def start(self) -> None:
         """See :meth:`AbstractHypergradient.start`; nothing to prepare."""
 
-    def record(self, loss: TracedLoss, replay: Replay) -> list[Tensor | None]:
+    def record(self, loss: TracedLoss, replay: Replay | None = None) -> list[Tensor | None]:
         """See :meth:`AbstractHypergradient.record`; adds to g_dot = H Z + dg/dlambda."""
         if self.discount != 1 and all(grad is None for grad in self._grads):
             self._discount_history()
@@ -79,14 +84,15 @@ class ForwardHypergradient(AbstractHypergradient):
             )
             for entry in range(self.entries)
         ]
+        gradients = linearization.gradients
         for index, param in enumerate(self.params):
-            self._grads[index] = add(self._grads[index], linearization.gradients[index])
+            self._grads[index] = add(self._grads[index], gradients[index])
             grad_dot = _stack([product.params[index] for product in products], like=param)
             self._grads_dot[index] = add(self._grads_dot[index], grad_dot)
         for position, update in enumerate(linearization.updates):
             columns = [product.statistics[position] for product in products]
             self._advance_statistic(update, _stack(columns, like=update.statistic))
-        return linearization.gradients
+        return linearization.scaled_gradients
 
     def _discount_history(self) -> None:
         self.tangents = [
@@ -119,6 +125,7 @@ class ForwardHypergradient(AbstractHypergradient):
     def advance(self, step: OptimizerStep) -> None:
         """See :meth:`AbstractHypergradient.advance`; Z <- A Z + B."""
         if not step.transitions:
+            self._begin_step()
             return
         found = edited(step, [self._grads[t.index] for t in step.transitions])
         self._edited = found if self._edited is None else self._edited | found

@@ -42,11 +42,16 @@ class ReverseHypergradient(AbstractHypergradient):
         self.tape = tape
         self.tape.clear()
 
+    @property
+    def needs_replay(self) -> bool:
+        """See :attr:`AbstractHypergradient.needs_replay`."""
+        return self.tape.needs_replay
+
     def start(self) -> None:
         """See :meth:`AbstractHypergradient.start`."""
         self.tape.start()
 
-    def record(self, loss: TracedLoss, replay: Replay) -> list[Tensor | None] | None:
+    def record(self, loss: TracedLoss, replay: Replay | None) -> list[Tensor | None] | None:
         """See :meth:`AbstractHypergradient.record`."""
         return self.tape.record(loss, replay, self.params, self.hypers)
 

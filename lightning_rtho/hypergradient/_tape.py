@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -32,7 +32,13 @@ class RecordedStep:
 
 
 class Tape(ABC):
-    """Records a window of optimizer steps."""
+    """Records a window of optimizer steps.
+
+    Attributes:
+        needs_replay: Whether it computes losses again.
+    """
+
+    needs_replay: ClassVar[bool]
 
     @abstractmethod
     def start(self) -> None:
@@ -40,13 +46,17 @@ class Tape(ABC):
 
     @abstractmethod
     def record(
-        self, loss: TracedLoss, replay: Replay, params: Sequence[Tensor], hypers: Sequence[Tensor]
+        self,
+        loss: TracedLoss,
+        replay: Replay | None,
+        params: Sequence[Tensor],
+        hypers: Sequence[Tensor],
     ) -> list[Tensor | None] | None:
         """Keep what is needed to linearize a loss later.
 
         Args:
             loss: The loss with its graph.
-            replay: Computes it again.
+            replay: Computes it again; may be None unless :attr:`needs_replay`.
             params: Weights, each ``[*P]``.
             hypers: Hyperparameters, each ``[*H]``.
 
@@ -82,6 +92,8 @@ class Tape(ABC):
 class _ReplayTape(Tape):
     """Keeps weights and optimizer state of each step and computes the losses again."""
 
+    needs_replay = True
+
     def __init__(self) -> None:
         self._losses: list[Replay] = []
         self._steps: list[tuple[OptimizerStep, list[Tensor], list[Replay]]] = []
@@ -94,9 +106,14 @@ class _ReplayTape(Tape):
         """See :meth:`Tape.start`; nothing to prepare."""
 
     def record(
-        self, loss: TracedLoss, replay: Replay, params: Sequence[Tensor], hypers: Sequence[Tensor]
+        self,
+        loss: TracedLoss,
+        replay: Replay | None,
+        params: Sequence[Tensor],
+        hypers: Sequence[Tensor],
     ) -> None:
         """See :meth:`Tape.record`."""
+        assert replay is not None
         self._losses.append(replay)
 
     def advance(self, step: OptimizerStep, params: Sequence[Tensor]) -> None:
@@ -180,6 +197,8 @@ class KeepGraph(Tape):
         >>> callback = TRHO(tape=KeepGraph())
     """
 
+    needs_replay = False
+
     def __init__(self) -> None:
         self._losses: list[Linearization] = []
         self._steps: list[tuple[OptimizerStep, list[Linearization]]] = []
@@ -194,12 +213,16 @@ class KeepGraph(Tape):
             self._open = True
 
     def record(
-        self, loss: TracedLoss, replay: Replay, params: Sequence[Tensor], hypers: Sequence[Tensor]
+        self,
+        loss: TracedLoss,
+        replay: Replay | None,
+        params: Sequence[Tensor],
+        hypers: Sequence[Tensor],
     ) -> list[Tensor | None]:
         """See :meth:`Tape.record`."""
         linearization = Linearization(loss, params, hypers)
         self._losses.append(linearization)
-        return linearization.gradients
+        return linearization.scaled_gradients
 
     def advance(self, step: OptimizerStep, params: Sequence[Tensor]) -> None:
         """See :meth:`Tape.advance`."""

@@ -47,6 +47,10 @@ class Number(Tensor):
             # Once it is given a shape it is an ordinary tensor, of the ordinary dtype.
             return result.to(torch.get_default_dtype())
 
+    def __neg__(self) -> Any:
+        """Negate; a Python number while nothing is live."""
+        return self * -1
+
     def to(self, *args: Any, **kwargs: Any) -> Tensor:
         """Move to another device; a scalar keeps its precision whatever dtype is asked for."""
         moved: Tensor = super().to(*args, **kwargs)

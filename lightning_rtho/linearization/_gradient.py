@@ -41,12 +41,13 @@ class Linearization:
     It owns the loss's graph until it is dropped.
 
     Args:
-        loss: The loss with its graph.
+        loss: The loss with its graph; derivatives are those of the unscaled loss.
         params: Weights w, each ``[*P]``.
         hypers: Hyperparameters lambda, each ``[*H]``.
 
     Attributes:
-        gradients: dL/dw, detached, each ``[*P]``; None where the loss does not depend on it.
+        scaled_gradients: dL/dw times the loss's scale, detached, each ``[*P]``; None where the
+            loss does not depend on it.
         updates: What computing the loss did to running statistics.
 
     Raises:
@@ -56,7 +57,7 @@ class Linearization:
         >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
         >>> rho = torch.tensor(0.5, requires_grad=True)
         >>> line = Linearization(TracedLoss(rho * (w**2).sum()), [w], [rho])
-        >>> line.gradients
+        >>> line.scaled_gradients
         [tensor([1., 2.])]
         >>> line.product([torch.tensor([1.0, 0.0])], [None])
         Product(params=[tensor([1., 0.])], hypers=[tensor(2.)], statistics=[])
@@ -66,19 +67,33 @@ class Linearization:
         self, loss: TracedLoss, params: Sequence[Tensor], hypers: Sequence[Tensor]
     ) -> None:
         self.updates = loss.updates
+        self._scale = loss.scale
         statistics = [update.statistic for update in loss.updates]
         multipliers = [torch.zeros_like(s).requires_grad_(s.requires_grad) for s in statistics]
         self._inputs = [*params, *hypers, *multipliers]
         self._bounds = (len(params), len(params) + len(hypers))
         pairs = [(s, u) for s, u in zip(statistics, multipliers, strict=True) if s.requires_grad]
+        # A live seed: an operation without second derivative behind a constant one would else pass
+        # for linear, and its Hessian for zero.
+        seed = torch.ones_like(loss.value).requires_grad_()
         gradients = _gradients(
             [loss.value, *(s for s, _ in pairs)],
             [*params, *hypers],
-            [torch.ones_like(loss.value), *(u for _, u in pairs)],
+            [seed, *(u for _, u in pairs)],
             create_graph=True,
         )
         self._gradients = [*gradients, *statistics]  # the derivative of L + <u, s> by u is s
-        self.gradients = [g if g is None else g.detach() for g in gradients[: len(params)]]
+        self.scaled_gradients = [g if g is None else g.detach() for g in gradients[: len(params)]]
+
+    @property
+    def gradients(self) -> list[Tensor | None]:
+        """The gradient dL/dw, detached, each ``[*P]``; None where it is zero."""
+        return self._unscaled(self.scaled_gradients)
+
+    def _unscaled(self, parts: list[Tensor | None]) -> list[Tensor | None]:
+        if self._scale == 1:
+            return parts
+        return [None if part is None else part / self._scale for part in parts]
 
     def product(
         self,
@@ -104,11 +119,11 @@ class Linearization:
         """
         first_hyper, first_statistic = self._bounds
         wrt_statistics = statistic_vectors is None
-        vectors = [
-            *param_vectors,
-            *hyper_vectors,
-            *(statistic_vectors or [None] * len(self.updates)),
+        statistic_bars = [
+            None if vector is None else self._scale * vector
+            for vector in statistic_vectors or [None] * len(self.updates)
         ]
+        vectors = [*param_vectors, *hyper_vectors, *statistic_bars]
         pairs = [
             (gradient, vector)
             for gradient, vector in zip(self._gradients, vectors, strict=True)
@@ -130,7 +145,9 @@ class Linearization:
             for i, part in zip(wanted, found, strict=True):
                 parts[i] = part
         return Product(
-            parts[:first_hyper], parts[first_hyper:first_statistic], parts[first_statistic:]
+            self._unscaled(parts[:first_hyper]),
+            self._unscaled(parts[first_hyper:first_statistic]),
+            parts[first_statistic:],  # the statistics were not scaled
         )
 
 

@@ -39,10 +39,13 @@ class TracedLoss:
     Attributes:
         value: The loss ``[]`` with its graph.
         updates: Updates of running statistics, in the order in which they were made.
+        scale: What `value` is multiplied by, to keep small float16 gradients from vanishing; the
+            optimizer's gradient is freed of it.
     """
 
     value: Tensor
     updates: tuple[StatisticUpdate, ...] = ()
+    scale: float = 1.0
 
 
 @final
@@ -79,7 +82,9 @@ class RunningStatistics:
     def start(self) -> None:
         """Watch the coming forward passes."""
         self.collect()
-        self._handles = [norm.register_forward_pre_hook(self._watch) for norm in self._norms]
+        self._handles = [
+            norm.register_forward_pre_hook(self._watch, with_kwargs=True) for norm in self._norms
+        ]
 
     def collect(self) -> tuple[StatisticUpdate, ...]:
         """Stop watching and return the updates seen."""
@@ -88,7 +93,7 @@ class RunningStatistics:
         updates, self._updates, self._handles = tuple(self._updates), [], []
         return updates
 
-    def _watch(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
+    def _watch(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Compute what the layer is about to average into its buffers, differentiably."""
         assert isinstance(norm, _BatchNorm)
         if not norm.training:
@@ -98,7 +103,7 @@ class RunningStatistics:
             assert norm.num_batches_tracked is not None
             factor = 1 / (norm.num_batches_tracked.item() + 1)
         assert norm.running_mean is not None
-        x = args[0].to(norm.running_mean.dtype)
+        x = _input(*args, **kwargs).to(norm.running_mean.dtype)
         axes = [axis for axis in range(x.dim()) if axis != 1]
         first = 2 * next(i for i, known in enumerate(self._norms) if known is norm)
         self._updates += [
@@ -116,21 +121,28 @@ class RunningStatistics:
         """
         leaves = [buffer.detach().clone().requires_grad_() for buffer in self.buffers]
 
-        def normalize(norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        def normalize(
+            norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        ) -> Tensor:
             assert isinstance(norm, _BatchNorm)
             if norm.training:
                 return output
             first = 2 * next(i for i, known in enumerate(self._norms) if known is norm)
             shape = [1, -1, *[1] * (output.dim() - 2)]
             mean, var = (leaf.reshape(shape) for leaf in leaves[first : first + 2])
-            normal: Tensor = (args[0] - mean) * torch.rsqrt(var + norm.eps)
+            normal: Tensor = (_input(*args, **kwargs) - mean) * torch.rsqrt(var + norm.eps)
             if norm.affine:
                 normal = normal * norm.weight.reshape(shape) + norm.bias.reshape(shape)
             return normal.to(output.dtype)
 
-        handles = [norm.register_forward_hook(normalize) for norm in self._norms]
+        handles = [norm.register_forward_hook(normalize, with_kwargs=True) for norm in self._norms]
         try:
             yield leaves
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _input(input: Tensor) -> Tensor:
+    """Return the argument of a layer, whether it was called with its name or without."""
+    return input

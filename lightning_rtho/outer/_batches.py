@@ -39,6 +39,13 @@ class CyclingBatches:
 
     def __next__(self) -> Any:
         """Return the next batch, beginning a new cycle where one ends."""
+        # Samplers and augmentations of the user's own draw from torch's global generator.
+        with torch.random.fork_rng(devices=[]):
+            seed = torch.empty((), dtype=torch.int64).random_(generator=self._generator)
+            torch.default_generator.manual_seed(int(seed))
+            return self._next()
+
+    def _next(self) -> Any:
         for batch in self._iterator:
             return batch
         self._iterator = iter(self._source)
@@ -55,8 +62,10 @@ def _own_loader(source: Iterable[Any], generator: torch.Generator) -> Iterable[A
     if not isinstance(source, DataLoader) or isinstance(source.dataset, IterableDataset):
         return source
     order: dict[str, Any]
-    if source.batch_size is None or not isinstance(
-        source.sampler, (SequentialSampler, RandomSampler)
+    if (
+        source.batch_size is None
+        or not isinstance(source.sampler, (SequentialSampler, RandomSampler))
+        or len(source.sampler) == 0  # `RandomSampler` refuses an empty dataset in its own words
     ):
         order = (
             {"batch_sampler": source.batch_sampler}
