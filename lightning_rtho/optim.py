@@ -261,8 +261,14 @@ class DifferentiableOptimizer(Optimizer):
         return f"Differentiable{self.optimizer!r}"
 
     def __reduce__(self) -> Any:
-        """Copy and pickle by way of the wrapped optimizer."""
-        return DifferentiableOptimizer, (self.optimizer,)
+        """Copy and pickle the wrapped optimizer, and what stands in its groups."""
+        kept = ("_schedulers", "_sites", "_written", "_derivative_buffers")
+        state = {name: self.__dict__[name] for name in kept}
+        return DifferentiableOptimizer, (self.optimizer,), state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`__reduce__` kept; torch's own would add hooks that never run."""
+        self.__dict__.update(state)
 
 
 def _find_sites(optimizer: Optimizer, rule_class: type[UpdateRule]) -> list[_Site]:

@@ -1,5 +1,7 @@
 """The callback: when to record, to advance, to update. What is done then lies below."""
 
+import copy
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from typing_extensions import override
 
 from lightning_rtho.callbacks._checks import check_optimizers, check_settings
 from lightning_rtho.callbacks._objective import ValidationObjective, check_validation_step
+from lightning_rtho.callbacks._random import read_random_state, write_random_state
 from lightning_rtho.callbacks._run import FollowedRun
 from lightning_rtho.callbacks._selection import Selection, select_hyperparameters
 from lightning_rtho.hypergradient import AbstractHypergradient, GradientMismatchError
@@ -84,6 +87,8 @@ class HypergradientCallback(Callback):
         self._objective: ValidationObjective | None = None
         self._descent: HyperparameterDescent | None = None
         self._next_update = hyper_batch_size
+        self._resumed: dict[str, Any] | None = None
+        self._random_state: dict[str, Any] | None = None
         self._warned = False
 
     @abstractmethod
@@ -120,6 +125,8 @@ class HypergradientCallback(Callback):
         for hyper in self._tuned.values():
             if hyper.dim() > 0:
                 hyper.data = hyper.data.to(pl_module.device)
+        if self._resumed is not None:
+            self._take_back_values(self._resumed)
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         trainer.optimizers = [DifferentiableOptimizer(inner, schedulers)]
 
@@ -138,6 +145,9 @@ class HypergradientCallback(Callback):
         if self._outer_optimizer is not None:
             hypers = list(self._tuned.values())
             self._descent = HyperparameterDescent(hypers, self._outer_optimizer)
+        if self._resumed is not None:
+            self._take_back_run(self._resumed)
+        self._resumed = None
         self._objective(self._run.method.params, self._run.method.hypers, peek=True)
 
     # During training
@@ -147,6 +157,10 @@ class HypergradientCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Take down what the coming training step depends on."""
+        if self._random_state is not None:
+            if batch_idx > 0:  # resumed within an epoch, whose beginning drew anew
+                write_random_state(self._random_state)
+            self._random_state = None
         if self._run is not None:
             started = trainer.global_step >= self.start_step
             stopped = self.stop_step is not None and trainer.global_step >= self.stop_step
@@ -249,6 +263,59 @@ class HypergradientCallback(Callback):
             on_bar = name.startswith("hyperparameter/")
             # The loggers have had it at its own step; `log` would wait for `log_every_n_steps`.
             pl_module.log(name, value, prog_bar=on_bar, logger=False, on_step=True, on_epoch=False)
+
+    # Checkpoints
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a resumed run goes on from, in tensors, numbers, lists and dicts."""
+        state: dict[str, Any] = {
+            "hyperparameters": self.hyperparameters,
+            "schedule": [dataclasses.asdict(update) for update in self.schedule],
+        }
+        if self._run is not None and self._objective is not None:
+            state["run"] = {
+                "steps": self._run.steps,
+                "next_update": self._next_update,
+                "method": self._run.method.state_dict(),
+                "objective": self._objective.state_dict(),
+                "descent": None if self._descent is None else self._descent.state_dict(),
+                "random": read_random_state(),
+            }
+        return copy.deepcopy(state)
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until there are optimizers to apply it to."""
+        self._resumed = state_dict
+
+    def _take_back_values(self, state: dict[str, Any]) -> None:
+        """Give the hyperparameters the values that they had."""
+        saved, tuned = state["hyperparameters"], self._tuned
+        if saved and saved.keys() != tuned.keys():
+            raise MisconfigurationException(
+                f"The checkpoint was written with the hyperparameters {sorted(saved)}, but the "
+                f"callback tunes {sorted(tuned)}. Resume with the same, or without `ckpt_path`."
+            )
+        for name, value in saved.items():
+            tuned[name].assign(value)
+        if "run" in state:
+            write_random_state(state["run"]["random"])
+
+    def _take_back_run(self, state: dict[str, Any]) -> None:
+        """Go on with the run where it stood."""
+        self.schedule = [OuterUpdate(**update) for update in state["schedule"]]
+        if "run" not in state:
+            return
+        assert self._run is not None
+        assert self._objective is not None
+        run = state["run"]
+        self._run.steps, self._next_update = run["steps"], run["next_update"]
+        self._run.method.load_state_dict(run["method"])
+        self._objective.load_state_dict(run["objective"])
+        if self._descent is not None and run["descent"] is not None:
+            self._descent.load_state_dict(run["descent"])
+        self._random_state = run["random"]
 
     # After training
 

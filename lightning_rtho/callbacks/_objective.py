@@ -1,6 +1,8 @@
 """The outer objective of a Lightning module: its validation loss on batches of our own."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -62,7 +64,6 @@ class ValidationObjective:
         self._statistics = RunningStatistics(module)
         source = dataloader if dataloader is not None else _validation_loader(trainer)
         self._stream = CyclingBatches(source, seed=torch.initial_seed() % 2**63)
-        self._upcoming: list[Any] = []
         self._batches = batches
 
     def __call__(
@@ -82,21 +83,31 @@ class ValidationObjective:
             MisconfigurationException: If there is no validation batch, or the step returns no loss
                 that depends on the weights.
         """
+        before = self._stream.state_dict()
         with isolated(self._trainer, self._module, RunningStage.VALIDATING):
             try:
-                while len(self._upcoming) < self._batches:
-                    self._upcoming.append(next(self._stream))
-                losses = [
-                    lambda batch=batch, index=index: self._loss(batch, index)
-                    for index, batch in enumerate(self._upcoming)
-                ]
+                batches = [next(self._stream) for _ in range(self._batches)]
+                losses = [partial(self._loss, *pair) for pair in zip(batches, count())]
                 with self._statistics.differentiable() as statistics:
                     outer = outer_gradient(losses, params, hypers, statistics)
             except ValueError as error:
                 raise MisconfigurationException(str(error)) from error
-        if not peek:
-            self._upcoming = []
+            if peek:
+                self._stream.load_state_dict(before)
         return outer
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the stream of validation batches stands."""
+        return self._stream.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where the stream stood.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+        """
+        with isolate_rng():
+            self._stream.load_state_dict(state)
 
     def _loss(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss ``[]`` of one batch."""

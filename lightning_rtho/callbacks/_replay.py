@@ -5,14 +5,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
 from lightning_rtho.callbacks._isolation import isolated
+from lightning_rtho.callbacks._random import read_random_state, write_random_state
 from lightning_rtho.linearization import RunningStatistics, TracedLoss
 
 __all__ = ["TrainingStepReplay", "loss_scale"]
@@ -87,8 +86,7 @@ class TrainingStepReplay:
             self._args.append(batch_idx)
         self._scale = loss_scale(trainer)
         self._accumulated = trainer.accumulate_grad_batches
-        # Private: Lightning's public `isolate_rng` restores the random state, but not at will.
-        self._rng = _collect_rng_states(include_cuda=torch.cuda.is_available())
+        self._random_state = read_random_state()
         self._progress = _Progress(trainer, trainer.global_step, trainer.current_epoch)
         self._buffers = {
             (namespace, name): (buffer._version, buffer.clone())
@@ -106,7 +104,7 @@ class TrainingStepReplay:
         """Return the loss at the weights that the module has now."""
         trainer, module = self._trainer, self._module
         with isolated(trainer, module, RunningStage.TRAINING), self._progress.restored():
-            _set_rng_states(self._rng)
+            write_random_state(self._random_state)
             submodules = dict(module.named_modules())
             for (namespace, name), (_, buffer) in self._buffers.items():
                 submodules[namespace]._buffers[name] = buffer.clone()

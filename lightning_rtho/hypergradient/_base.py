@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,6 +130,18 @@ class AbstractHypergradient(ABC):
     @abstractmethod
     def reset(self) -> None:
         """Forget the run so far: the present state no longer depends on the hyperparameters."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is known of the run so far, in tensors, numbers, lists and dicts."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where another one of the same kind stood.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+        """
+        self.reset()
 
     def _flat(self, parts: Sequence[Tensor | None]) -> Tensor:
         """Join one tensor a hyperparameter, each ``[*H]`` or None, to ``[m]``, float64."""

@@ -1,7 +1,7 @@
 """Forward-HG: tangents of the training state, carried through every step."""
 
 from collections.abc import Sequence
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -58,6 +58,22 @@ class ForwardHypergradient(AbstractHypergradient):
         self.statistic_tangents: dict[int, Tensor] = {}
         self._begin_step()
         self._edited: Tensor | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """See :meth:`AbstractHypergradient.state_dict`; Z."""
+        return {"tangents": self.tangents, "statistic_tangents": self.statistic_tangents}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See :meth:`AbstractHypergradient.load_state_dict`."""
+        self.reset()
+        self.tangents = [
+            {name: value.to(param.device) for name, value in tangent.items()}
+            for tangent, param in zip(state["tangents"], self.params, strict=True)
+        ]
+        device = self.params[0].device
+        self.statistic_tangents = {
+            buffer: value.to(device) for buffer, value in state["statistic_tangents"].items()
+        }
 
     def _begin_step(self) -> None:
         self._grads: list[Tensor | None] = [None] * len(self.params)

@@ -15,7 +15,23 @@ __all__ = ["Domain", "Interval", "NonNegative", "Positive", "Real"]
 
 
 class Domain(ABC):
-    """A set of natural values and the coordinate in which the outer optimizer moves through it."""
+    """A set of natural values and the coordinate in which the outer optimizer moves through it.
+
+    A subclass of your own is a frozen dataclass, as these are.
+
+    Example:
+        >>> @dataclass(frozen=True)
+        ... class Below(Domain):
+        ...     bound: float
+        ...     def contains(self, value):
+        ...         return value.isfinite() & (value < self.bound)
+        ...     def to_raw(self, value):
+        ...         return -(self.bound - value).log()
+        ...     def from_raw(self, raw):
+        ...         return self.bound - (-raw).exp()
+        >>> Below(3.0).from_raw(torch.tensor(0.0))
+        tensor(2.)
+    """
 
     @abstractmethod
     def contains(self, value: Tensor) -> Tensor:

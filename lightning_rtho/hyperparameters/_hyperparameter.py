@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_rtho.hyperparameters._domains import Domain
+from lightning_rtho.hyperparameters._domains import Domain, Interval, NonNegative, Positive, Real
 
 __all__ = ["Hyperparameter"]
 
@@ -57,6 +57,17 @@ class Number(Tensor):
         if self.dim() > 0:
             return moved
         return self if moved.device == self.device else super().to(device=moved.device)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """Copy the value; the copy is not live."""
+        if id(self) not in memo:
+            memo[id(self)] = self.detach().clone()
+        copied: Tensor = memo[id(self)]
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle the value."""
+        return Number, (self.as_subclass(Tensor).detach().clone(),)
 
     def __format__(self, format_spec: str) -> str:
         """Format a scalar as the number it is."""
@@ -255,3 +266,9 @@ class Hyperparameter(Number):
         """The value as an ordinary tensor ``[*H]`` that shares memory and needs no gradient."""
         with torch._C.DisableTorchFunctionSubclass():
             return self.detach()
+
+
+# An optimizer's state_dict holds what stands in its groups, and checkpoints are read with
+# `weights_only=True`.
+_SAVED = [Hyperparameter, Number, Interval, NonNegative, Positive, Real]
+torch.serialization.add_safe_globals(_SAVED)

@@ -71,7 +71,10 @@ class ClipByNorm(GradientClip):
 
     def __call__(self, *grads: Tensor) -> tuple[Tensor, ...]:
         """See :meth:`GradientClip.__call__`."""
-        square = torch.stack([grad.square().sum() for grad in grads]).sum()
+        # In float32 at least, as torch sums: the square of 300 is too much for float16.
+        dtypes = [torch.promote_types(grad.dtype, torch.float32) for grad in grads]
+        squares = [grad.to(d).square().sum() for grad, d in zip(grads, dtypes, strict=True)]
+        square = torch.stack(squares).sum()
         clips = square > self.limit**2 * 1e-4  # well below the limit, so that 0 has no root taken
         norm = torch.where(clips, square, 1.0).sqrt()
         factor = torch.where(clips, (self.limit / (norm + 1e-6)).clamp(max=1.0), 1.0)

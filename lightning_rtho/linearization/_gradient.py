@@ -51,7 +51,8 @@ class Linearization:
         updates: What computing the loss did to running statistics.
 
     Raises:
-        RuntimeError: By :meth:`product`, if an operation of the loss has no second derivative.
+        RuntimeError: If an operation of the loss has no second derivative; where torch itself only
+            notices on the way, by :meth:`product`.
 
     Example:
         >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -73,8 +74,7 @@ class Linearization:
         self._inputs = [*params, *hypers, *multipliers]
         self._bounds = (len(params), len(params) + len(hypers))
         pairs = [(s, u) for s, u in zip(statistics, multipliers, strict=True) if s.requires_grad]
-        # A live seed: an operation without second derivative behind a constant one would else pass
-        # for linear, and its Hessian for zero.
+        # Live, or an operation without second derivative that ends the loss would pass for linear.
         seed = torch.ones_like(loss.value).requires_grad_()
         gradients = _gradients(
             [loss.value, *(s for s, _ in pairs)],
@@ -82,6 +82,7 @@ class Linearization:
             [seed, *(u for _, u in pairs)],
             create_graph=True,
         )
+        _check_twice_differentiable(gradients)
         self._gradients = [*gradients, *statistics]  # the derivative of L + <u, s> by u is s
         self.scaled_gradients = [g if g is None else g.detach() for g in gradients[: len(params)]]
 
@@ -149,6 +150,24 @@ class Linearization:
             self._unscaled(parts[first_hyper:first_statistic]),
             parts[first_statistic:],  # the statistics were not scaled
         )
+
+
+def _check_twice_differentiable(gradients: Sequence[Tensor | None]) -> None:
+    """Refuse what torch marks as an error in the graph but, for want of an edge, never reaches."""
+    nodes = [gradient.grad_fn for gradient in gradients if gradient is not None]
+    seen = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError(
+                "The loss must be twice differentiable, got an operation whose backward pass is "
+                "marked `once_differentiable`: its part of the hypergradient would be lost without "
+                "a word. Write it in differentiable torch operations."
+            )
+        seen.add(node)
+        nodes += [following for following, _ in node.next_functions]
 
 
 def _gradients(

@@ -32,6 +32,8 @@ class CyclingBatches:
         self._generator = torch.Generator().manual_seed(seed)
         self._source = _own_loader(source, self._generator)
         self._iterator: Iterator[Any] = iter(())
+        self._order = self._generator.get_state()
+        self._taken = 0
 
     def __iter__(self) -> Iterator[Any]:
         """Return itself."""
@@ -39,22 +41,36 @@ class CyclingBatches:
 
     def __next__(self) -> Any:
         """Return the next batch, beginning a new cycle where one ends."""
-        # Samplers and augmentations of the user's own draw from torch's global generator.
-        with torch.random.fork_rng(devices=[]):
-            seed = torch.empty((), dtype=torch.int64).random_(generator=self._generator)
-            torch.default_generator.manual_seed(int(seed))
-            return self._next()
-
-    def _next(self) -> Any:
         for batch in self._iterator:
+            self._taken += 1
             return batch
-        self._iterator = iter(self._source)
+        self._begin_cycle()
         for batch in self._iterator:
+            self._taken += 1
             return batch
         raise ValueError(
             "`dataloader` must give at least one validation batch, got an empty one. Check its "
             "dataset, `batch_size` and `drop_last`."
         )
+
+    def _begin_cycle(self) -> None:
+        self._order, self._taken = self._generator.get_state(), 0
+        self._iterator = iter(self._source)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the stream stands: the order of this cycle and the batches taken of it."""
+        return {"order": self._order, "taken": self._taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to where another stream over the same data stood.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+        """
+        self._generator.set_state(state["order"])
+        self._begin_cycle()
+        for _ in range(state["taken"]):
+            next(self)
 
 
 def _own_loader(source: Iterable[Any], generator: torch.Generator) -> Iterable[Any]:

@@ -1,7 +1,7 @@
 """Descent on hyperparameters, in the raw coordinates of their domains."""
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -54,6 +54,24 @@ class HyperparameterDescent:
             for hyper in self.hyperparameters
         ]
         self.optimizer = make_optimizer(self.raw)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return raw values and the optimizer's state."""
+        return {
+            "raw": [raw.detach().clone() for raw in self.raw],
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned.
+
+        Args:
+            state: The state.
+        """
+        with torch.no_grad():
+            for raw, value in zip(self.raw, state["raw"], strict=True):
+                raw.copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
 
     def step(self, hypergradient: Tensor) -> None:
         """Make one outer step and write the new natural values into the hyperparameters.

@@ -1,0 +1,40 @@
+"""The global random state as plain values, which a checkpoint can hold."""
+
+import random
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+__all__ = ["read_random_state", "write_random_state"]
+
+
+def read_random_state() -> dict[str, Any]:
+    """Read the random state of torch on all devices, numpy and Python.
+
+    Returns:
+        Tensors, numbers and lists.
+    """
+    version, words, gauss = random.getstate()
+    name, keys, *rest = cast("tuple[str, np.ndarray, Any, Any, Any]", np.random.get_state())
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": [version, list(words), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
+    }
+
+
+def write_random_state(state: dict[str, Any]) -> None:
+    """Write what :func:`read_random_state` read.
+
+    Args:
+        state: The state.
+    """
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))

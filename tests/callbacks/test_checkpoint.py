@@ -1,0 +1,148 @@
+"""A run resumed from a checkpoint goes on bitwise as if it had not been interrupted."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn, optim
+
+from lightning_rtho import RTHO, TRHO, Hyperparameter, Positive
+from tests.callbacks.problems import FEATURES, TRAIN_SIZE, SmallNet, fit, loader
+
+STEPS = 13
+
+
+class ResumableLoader:
+    """Batches in order; knows where it stands, as torchdata's stateful loader does."""
+
+    def __init__(self) -> None:
+        self.batches = list(loader(TRAIN_SIZE, seed=1, batch_size=4))
+        self.position = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        while self.position < len(self.batches):
+            self.position += 1
+            yield self.batches[self.position - 1]
+        self.position = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+
+
+def body() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(FEATURES, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 1)
+    )
+
+
+def make_module() -> SmallNet:
+    return SmallNet(
+        optim.Adam,
+        body=body,
+        lr=Hyperparameter(0.01, Positive()),
+        l2=Hyperparameter(1e-3, Positive()),
+    )
+
+
+def run(callback: L.Callback | None, path: Path, **settings: Any) -> tuple[SmallNet, L.Trainer]:
+    module = make_module()
+    checkpoint = ModelCheckpoint(path, save_top_k=-1, every_n_train_steps=1, filename="{step}")
+    ckpt_path = settings.pop("ckpt_path", None)
+    L.seed_everything(settings.pop("seed", 7), verbose=False)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=STEPS,
+        max_epochs=-1,
+        callbacks=[c for c in (callback, checkpoint) if c is not None],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        check_val_every_n_epoch=1000,
+        **settings,
+    )
+    trainer.fit(
+        module,
+        ResumableLoader(),
+        loader(6, seed=2, batch_size=2, shuffle=True),
+        ckpt_path=ckpt_path,
+    )
+    return module, trainer
+
+
+def final(module: SmallNet, trainer: L.Trainer, callback: Any) -> dict[str, Any]:
+    tensors = {f"module.{name}": value for name, value in module.state_dict().items()}
+    state = trainer.optimizers[0].state_dict()
+    tensors |= {f"{i}.{k}": v for i, s in state["state"].items() for k, v in s.items()}
+    tensors |= {f"value.{name}": value for name, value in callback.hyperparameters.items()}
+    for update in callback.schedule:
+        tensors[f"{update.step}.objective"] = torch.tensor(update.outer_objective)
+        for name, value in update.hypergradients.items():
+            tensors[f"{update.step}.{name}"] = value
+    tensors["rng"] = torch.get_rng_state()
+    return tensors
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("interrupted_at", [3, 5, 7, 10])
+def test_rest_of_the_run_is_bitwise_the_uninterrupted_one(interrupted_at, accumulate, tmp_path):
+    settings = {"accumulate_grad_batches": accumulate}
+    callback = RTHO(hyper_batch_size=3)
+    expected = final(*run(callback, tmp_path / "whole", **settings), callback)
+    assert len(callback.schedule) == 4
+    file = tmp_path / "whole" / f"step={interrupted_at}.ckpt"
+    torch.load(file, weights_only=True)
+    resumed = RTHO(hyper_batch_size=3)
+    settings |= {"ckpt_path": file, "seed": 99}
+    found = final(*run(resumed, tmp_path / "rest", **settings), resumed)
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+def test_reverse_mode_resumes_at_the_end_of_a_window(tmp_path):
+    callback = TRHO(hyper_batch_size=3)
+    expected = final(*run(callback, tmp_path / "whole"), callback)
+    resumed = TRHO(hyper_batch_size=3)
+    file = tmp_path / "whole" / "step=6.ckpt"
+    found = final(*run(resumed, tmp_path / "rest", ckpt_path=file, seed=99), resumed)
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+def test_without_the_callback_the_tuned_rate_is_kept(tmp_path):
+    callback = RTHO(hyper_batch_size=3)
+    run(callback, tmp_path)
+    tuned = callback.schedule[1].values["settings.lr"].item()
+    _, trainer = run(None, tmp_path / "rest", ckpt_path=tmp_path / "step=7.ckpt")
+    assert trainer.optimizers[0].param_groups[0]["lr"] == tuned != 0.01
+
+
+def test_checkpoint_of_a_run_without_the_callback_resumes_with_it(tmp_path):
+    run(None, tmp_path)
+    callback = RTHO(hyper_batch_size=3)
+    run(callback, tmp_path / "rest", ckpt_path=tmp_path / "step=7.ckpt")
+    assert [update.step for update in callback.schedule] == [10, 13]
+
+
+def test_checkpoint_of_other_hyperparameters_is_refused(tmp_path):
+    run(RTHO(["settings.lr"], hyper_batch_size=3), tmp_path)
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    with pytest.raises(MisconfigurationException, match="written with the hyperparameters"):
+        run(RTHO(hyper_batch_size=3), tmp_path / "rest", ckpt_path=tmp_path / "step=7.ckpt")
+
+
+def test_values_are_in_a_checkpoint_written_after_the_fit(tmp_path):
+    callback = RTHO(["lr"], hyper_batch_size=2)
+    trainer = fit(SmallNet(lr=0.1), callback, steps=4)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    (state,) = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"].values()
+    assert state["hyperparameters"] == callback.hyperparameters
