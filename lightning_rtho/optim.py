@@ -161,7 +161,10 @@ class DifferentiableOptimizer(Optimizer):
                     hyper = read_hypers(self.rule_class, group, param.device)
                     state = read_state(self.rule_class, self.optimizer, param)
                     state = {**self._derivative_buffers.get(param, {}), **state}
-                    found.append(Transition(index, rule, state, param.grad, hyper, tuned, slopes))
+                    cohort = _cohort(number, state)
+                    found.append(
+                        Transition(index, rule, state, param.grad, hyper, tuned, slopes, cohort)
+                    )
             first += len(group["params"])
         return found
 
@@ -210,9 +213,6 @@ class DifferentiableOptimizer(Optimizer):
             return loss
 
         return self.optimizer.step(announcing_closure)
-
-    # torch wraps the `step` of every optimizer class to run its hooks; ours run in the inner one.
-    step.hooked = True  # type: ignore[attr-defined]
 
     def _announce(self) -> None:
         if self.before_update is not None:
@@ -302,3 +302,13 @@ def _find_sites(optimizer: Optimizer, rule_class: type[UpdateRule]) -> list[_Sit
                     )
                 sites.append(_Site(number, setting, item))
     return sites
+
+
+def _cohort(group: int, state: State) -> tuple[int, float] | None:
+    """Tell which parameters are at the same step, where that costs no synchronisation."""
+    step = state.get("step")
+    if any(value.dim() < state["param"].dim() for name, value in state.items() if name != "step"):
+        return None  # other scalar buffers may hold other histories
+    if step is None:
+        return group, 0.0
+    return (group, step.item()) if step.device.type == "cpu" else None

@@ -14,12 +14,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_rtho.callbacks._checks import check_optimizers, check_settings
+from lightning_rtho.callbacks._checks import (
+    check_modules,
+    check_optimizers,
+    check_settings,
+    refusals_explained,
+)
 from lightning_rtho.callbacks._objective import ValidationObjective, check_validation_step
 from lightning_rtho.callbacks._random import read_random_state, write_random_state
 from lightning_rtho.callbacks._run import FollowedRun
 from lightning_rtho.callbacks._selection import Selection, select_hyperparameters
-from lightning_rtho.hypergradient import AbstractHypergradient, GradientMismatchError
+from lightning_rtho.hypergradient import AbstractHypergradient
 from lightning_rtho.hyperparameters import Hyperparameter
 from lightning_rtho.optim import DifferentiableOptimizer
 from lightning_rtho.outer import HyperparameterDescent, OuterOptimizerCallable
@@ -34,8 +39,15 @@ class OuterUpdate:
     Attributes:
         step: Optimizer steps made so far.
         values: Natural values after the update, by name, each ``[*H]``.
-        hypergradients: dE/dlambda with respect to natural values, by name, each ``[*H]``.
+        hypergradients: dE/dlambda with respect to natural values, by name, each ``[*H]``, at the
+            values before the update.
         outer_objective: Outer objective before the update.
+
+    Example:
+        >>> import torch
+        >>> update = OuterUpdate(20, {"lr": torch.tensor(0.1)}, {"lr": torch.tensor(-2.0)}, 0.7)
+        >>> update.values["lr"]
+        tensor(0.1000)
     """
 
     step: int
@@ -119,6 +131,7 @@ class HypergradientCallback(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the hyperparameters and put the differentiable optimizer in place."""
+        check_modules(pl_module)
         check_optimizers(trainer)
         inner = trainer.optimizers[0]
         self._tuned = select_hyperparameters(self._selection, pl_module, inner)
@@ -183,7 +196,8 @@ class HypergradientCallback(Callback):
     ) -> None:
         """Linearize the loss; where that gives the gradient, backward need not compute it."""
         if self._run is not None:
-            self._run.before_backward(loss)
+            with refusals_explained():
+                self._run.before_backward(loss)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -211,23 +225,19 @@ class HypergradientCallback(Callback):
         """Update the hyperparameters where a hyper-batch ends."""
         if self._run is None:
             return
-        if self._run.steps >= self._next_update:
+        update_is_due = self._run.steps >= self._next_update
+        if update_is_due:
             self._next_update += self.hyper_batch_size
             self._update(trainer, self._run.method)
-        self._show(trainer, pl_module)
+        if update_is_due or batch_idx == 0:  # Lightning forgets metrics when an epoch begins
+            self._show(trainer, pl_module)
 
     def _update(self, trainer: Trainer, method: AbstractHypergradient) -> None:
         """Measure the hypergradient, move the hyperparameters, write down what was done."""
         assert self._objective is not None
         outer = self._objective(method.params, method.hypers)
-        try:
+        with refusals_explained():
             hypergradient = method.hypergradient(outer)
-        except GradientMismatchError as error:
-            raise MisconfigurationException(
-                f"{error} Something between backward and the optimizer's step changes gradients, "
-                "or `training_step` does not compute the same loss twice. Clip by "
-                "`Trainer(gradient_clip_val=...)` and scale the loss rather than its gradient."
-            ) from error
         if not (bool(hypergradient.isfinite().all()) and bool(outer.value.isfinite())):
             method.reset()
             if not self._warned:
@@ -329,6 +339,11 @@ class HypergradientCallback(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave nothing behind."""
+        if self._run is not None and not self.schedule:
+            rank_zero_warn(
+                f"{type(self).__name__} made no update in {self._run.steps} followed steps. Lower "
+                f"`hyper_batch_size`, which is {self.hyper_batch_size}."
+            )
         self._end(trainer)
 
     def _end(self, trainer: Trainer) -> None:

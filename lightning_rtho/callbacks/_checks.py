@@ -1,11 +1,22 @@
 """What can't be differentiated rightly is refused, before a wrong number is used."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
 
-__all__ = ["check_optimizers", "check_settings"]
+# Private: torch exports the functions that install these, not their types.
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+from lightning_rtho.hypergradient import GradientMismatchError
+
+__all__ = ["check_modules", "check_optimizers", "check_settings", "refusals_explained"]
 
 
 def check_settings(trainer: Trainer, module: LightningModule) -> None:
@@ -33,6 +44,60 @@ def check_settings(trainer: Trainer, module: LightningModule) -> None:
             f"`strategy` must keep training on one device, got {type(trainer.strategy).__name__}. "
             "Use `Trainer(devices=1)`."
         )
+
+
+@contextmanager
+def refusals_explained() -> Iterator[None]:
+    """Turn what the mathematics below refuses into an error about the user's setting.
+
+    Raises:
+        MisconfigurationException: If an operation has no second derivative, or the optimizer's
+            gradient is not the loss's.
+        RuntimeError: If it is another, as it came.
+    """
+    try:
+        yield
+    except GradientMismatchError as error:
+        raise MisconfigurationException(str(error)) from error
+    except RuntimeError as error:
+        message = str(error)
+        if "derivative for" not in message and "differentiable" not in message:
+            raise
+        raise MisconfigurationException(
+            "Hypergradients need the second derivative of `training_step`, and an operation in it "
+            f"has none: {message} Write it with other operations, or with a differentiable "
+            "backward pass."
+        ) from error
+
+
+def check_modules(module: LightningModule) -> None:
+    """Check the layers of the module.
+
+    Args:
+        module: The module.
+
+    Raises:
+        MisconfigurationException: If a layer cannot be followed.
+    """
+    for name, layer in module.named_modules():
+        if getattr(layer, "sparse", False) and isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
+            raise MisconfigurationException(
+                f"`{name}` has sparse gradients, which have no second derivative. Use "
+                f"`{type(layer).__name__}(..., sparse=False)`."
+            )
+        averages = getattr(layer, "track_running_stats", False)
+        if averages and not isinstance(layer, _BatchNorm):
+            raise MisconfigurationException(
+                f"`{name}` keeps running statistics, which are followed for batch normalization "
+                f"alone. Use `{type(layer).__name__}(..., track_running_stats=False)`."
+            )
+        if isinstance(layer, _SpectralNorm) or any(
+            isinstance(hook, SpectralNorm) for hook in layer._forward_pre_hooks.values()
+        ):
+            raise MisconfigurationException(
+                f"`{name}` is normalized by its spectral norm, whose power iteration cannot be "
+                "followed. Remove the normalization, or bound the weight in the loss."
+            )
 
 
 def check_optimizers(trainer: Trainer) -> None:

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 
 from lightning_rtho.callbacks._isolation import isolated
+from lightning_rtho.callbacks._kernels import twice_differentiable_kernels
 from lightning_rtho.callbacks._random import read_random_state, write_random_state
 from lightning_rtho.linearization import RunningStatistics, TracedLoss
 
@@ -103,7 +104,11 @@ class TrainingStepReplay:
     def __call__(self) -> TracedLoss:
         """Return the loss at the weights that the module has now."""
         trainer, module = self._trainer, self._module
-        with isolated(trainer, module, RunningStage.TRAINING), self._progress.restored():
+        with (
+            isolated(trainer, module, RunningStage.TRAINING),
+            self._progress.restored(),
+            twice_differentiable_kernels(module),
+        ):
             write_random_state(self._random_state)
             submodules = dict(module.named_modules())
             for (namespace, name), (_, buffer) in self._buffers.items():

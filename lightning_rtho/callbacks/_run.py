@@ -1,6 +1,7 @@
 """One fit as the callback follows it: the objects involved and where they stand."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_rtho.callbacks._kernels import (
+    twice_differentiable_kernels,
+    warn_of_eager_steps,
+)
 from lightning_rtho.callbacks._replay import TrainingStepReplay, loss_scale
 from lightning_rtho.hypergradient import AbstractHypergradient, OptimizerStep
 from lightning_rtho.hyperparameters import Hyperparameter
@@ -57,13 +62,16 @@ class FollowedRun:
         self._clip = _clip(trainer)
         self._raw_grads: dict[Tensor, Tensor] = {}
         self._following = False
+        self._kernels = ExitStack()
         self._replay: TrainingStepReplay | None = None
         acting = {id(hyper) for hyper in optimizer.hyperparameters}
         self._unseen = {name: hyper for name, hyper in tuned.items() if id(hyper) not in acting}
         optimizer.before_update = self._before_update
+        warn_of_eager_steps(module)
 
     def before_batch(self, batch: Any, batch_idx: int, *, follow: bool) -> None:
         """Take down what the coming training step depends on, if it is followed."""
+        self._kernels.close()
         self._following, self._replay = follow, None
         for hyper in self._tuned.values():
             hyper.requires_grad_(follow)
@@ -73,10 +81,13 @@ class FollowedRun:
                 self._replay = TrainingStepReplay(
                     self._trainer, self._module, batch, batch_idx, self._statistics
                 )
+            else:
+                self._kernels.enter_context(twice_differentiable_kernels(self._module))
             self._statistics.start()
 
     def before_backward(self, loss: Tensor) -> None:
         """Hand the loss to the method; where that gives the gradient, backward just uses it."""
+        self._kernels.close()
         if not self._following:
             return
         if self._replay is not None:
@@ -158,6 +169,7 @@ class FollowedRun:
     def end(self) -> None:
         """Let go of everything."""
         self.after_backward()
+        self._kernels.close()
         self._statistics.collect()
         self.method.reset()
         self._optimizer.before_update = None
@@ -171,6 +183,11 @@ def _params(module: LightningModule, optimizer: DifferentiableOptimizer) -> list
     known = set(trained)
     bystanders = [p for p in module.parameters() if p.requires_grad and p not in known]
     for param in (*trained, *bystanders):
+        if param.is_complex():
+            raise MisconfigurationException(
+                f"A parameter of shape {tuple(param.shape)} is complex ({param.dtype}), for which "
+                "there are no update rules. Train its real and imaginary parts as two parameters."
+            )
         # Private: torch tells in no other way that a tensor has hooks.
         if getattr(param, "_backward_hooks", None):
             raise MisconfigurationException(

@@ -64,7 +64,7 @@ def _place(
     """Turn one setting of every parameter group into a hyperparameter."""
     rule_class = rule_class_for(optimizer)
     if name not in rule_class.domains:
-        known = ", ".join([*declared, *rule_class.domains])
+        known = ", ".join(dict.fromkeys([*declared, *rule_class.domains]))
         raise ValueError(
             f"`hyperparameters` names {name!r}, which is neither declared by the module nor a "
             f"real-valued setting of {type(optimizer).__name__}. Known: {known}."

@@ -1,6 +1,6 @@
 """From a torch optimizer to its update rule, its settings and its state."""
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Hashable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +55,8 @@ class Transition:
         columns: Tuned settings, each with its entry in the vector of all hyperparameters.
         slopes: Derivative of a tuned setting by its hyperparameter, where that is not 1: a
             scheduled learning rate over its base.
+        cohort: Equal for transitions that have rule, settings, columns and step count in common;
+            None where that is not known.
     """
 
     index: int
@@ -64,6 +66,7 @@ class Transition:
     hyper: Hypers
     columns: Mapping[str, int]
     slopes: Mapping[str, float] = field(default_factory=dict)
+    cohort: Hashable = None
 
 
 def register_rule(optimizer_class: type[Optimizer], rule_class: type[UpdateRule]) -> None:

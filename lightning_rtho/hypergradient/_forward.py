@@ -6,7 +6,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from lightning_rtho._types import StateTangent
+from lightning_rtho._types import Hypers, StateTangent
+from lightning_rtho.dynamics import Transition
 from lightning_rtho.hypergradient._base import (
     AbstractHypergradient,
     GradientMismatchError,
@@ -16,7 +17,13 @@ from lightning_rtho.hypergradient._base import (
     add,
     edited,
 )
-from lightning_rtho.linearization import Linearization, StatisticUpdate, TracedLoss, step_jvp
+from lightning_rtho.linearization import (
+    Linearization,
+    StatisticUpdate,
+    TracedLoss,
+    cohort_jvp,
+    cohorts,
+)
 
 __all__ = ["ForwardHypergradient"]
 
@@ -148,19 +155,33 @@ class ForwardHypergradient(AbstractHypergradient):
         grads_dot: Sequence[Tensor] = [self._grad_dot(t.index) for t in step.transitions]
         if step.clip is not None:
             grads_dot = step.clip.jvp(step.raw_grads, grads_dot)
-        for transition, grad_dot in zip(step.transitions, grads_dot, strict=True):
-            known = self.tangents[transition.index]
-            state_dot = {
-                name: known[name] if name in known else value.new_zeros(self.entries, *value.shape)
-                for name, value in transition.state.items()
-            }
-            hyper_dot = {
-                name: transition.slopes.get(name, 1.0)
-                * _one_hot(column, self.entries, like=transition.hyper[name])
-                for name, column in transition.columns.items()
-            }
-            self.tangents[transition.index] = step_jvp(transition, state_dot, grad_dot, hyper_dot)
+        for positions in cohorts(step.transitions):
+            transitions = [step.transitions[i] for i in positions]
+            new_tangents = cohort_jvp(
+                transitions,
+                [self._state_dot(transition) for transition in transitions],
+                [grads_dot[i] for i in positions],
+                self._hyper_dot(transitions[0]),
+            )
+            for transition, tangent in zip(transitions, new_tangents, strict=True):
+                self.tangents[transition.index] = tangent
         self._begin_step()
+
+    def _state_dot(self, transition: Transition) -> StateTangent:
+        """Tangent of a parameter's state, each tensor ``[m, ...]``."""
+        known = self.tangents[transition.index]
+        return {
+            name: known[name] if name in known else value.new_zeros(self.entries, *value.shape)
+            for name, value in transition.state.items()
+        }
+
+    def _hyper_dot(self, transition: Transition) -> Hypers:
+        """Tangents of a parameter's tuned settings, each ``[m]``."""
+        return {
+            name: transition.slopes.get(name, 1.0)
+            * _one_hot(column, self.entries, like=transition.hyper[name])
+            for name, column in transition.columns.items()
+        }
 
     def _grad_dot(self, index: int) -> Tensor:
         """Tangent of a parameter's gradient ``[m, *P]``."""
@@ -170,7 +191,11 @@ class ForwardHypergradient(AbstractHypergradient):
     def hypergradient(self, outer: OuterGradient) -> Tensor:
         """See :meth:`AbstractHypergradient.hypergradient`; grad E . Z."""
         if self._edited is not None and bool(self._edited):
-            raise GradientMismatchError("The gradient given to the optimizer is not the loss's.")
+            raise GradientMismatchError(
+                "The gradient given to the optimizer is not the loss's: something between backward "
+                "and the optimizer's step changes gradients. Clip by "
+                "`Trainer(gradient_clip_val=...)` and scale the loss rather than its gradient."
+            )
         total = self._flat(outer.hypers)
         tangents = [tangent.get("param") for tangent in self.tangents]
         statistics = [self.statistic_tangents.get(i) for i in range(len(outer.statistics))]

@@ -115,7 +115,12 @@ class ReverseHypergradient(AbstractHypergradient):
                 if pulled is not None:
                     alpha["param"] = pulled
         if transitions and bool(edited(recorded.step, [traced[t.index] for t in transitions])):
-            raise GradientMismatchError("The gradient given to the optimizer is not the loss's.")
+            raise GradientMismatchError(
+                "The gradient given to the optimizer is not the loss's: something between backward "
+                "and the optimizer's step changes gradients, or `training_step` does not compute "
+                "the same loss twice. Clip by `Trainer(gradient_clip_val=...)` and scale the loss "
+                "rather than its gradient."
+            )
         return total
 
     def reset(self) -> None:

@@ -151,7 +151,7 @@ def _arithmetic(name: str, reflected: bool) -> Callable[..., Any]:
         if self.dim() > 0:
             return getattr(Tensor, method)(self, other)
         if isinstance(other, Tensor) and not _is_number(other):
-            scalar = _cast(self, other.dtype) if self.requires_grad else self.item()
+            scalar = _cast(self, like=other) if self.requires_grad else self.item()
             result = beside_tensor(other, scalar)
             return result.to(torch.result_type(other, 1.0))
         pair = (other, self) if reflected else (self, other)
@@ -165,12 +165,14 @@ def _arithmetic(name: str, reflected: bool) -> Callable[..., Any]:
     return apply
 
 
-def _cast(number: Tensor, dtype: torch.dtype) -> Tensor:
-    """Turn a live scalar into the tensor that stands for it beside one of `dtype`."""
+def _cast(number: Tensor, like: Tensor) -> Tensor:
+    """Turn a live scalar into the tensor that stands for it beside another."""
     # From float32 up: kernels of lower precision read their scalars in float32. The C type, not
     # the subclass, or the result would be a Number with no precision to keep.
-    floating = dtype if dtype.is_floating_point else torch.get_default_dtype()
-    return number.as_subclass(Tensor).to(torch.promote_types(floating, torch.float32))
+    floating = like.dtype if like.is_floating_point() else torch.get_default_dtype()
+    dtype = torch.promote_types(floating, torch.float32)
+    with torch._C.DisableTorchFunctionSubclass():
+        return number.as_subclass(Tensor).to(like.device, dtype)
 
 
 for _name in ("add", "sub", "mul", "truediv", "pow"):
@@ -270,5 +272,5 @@ class Hyperparameter(Number):
 
 # An optimizer's state_dict holds what stands in its groups, and checkpoints are read with
 # `weights_only=True`.
-_SAVED = [Hyperparameter, Number, Interval, NonNegative, Positive, Real]
+_SAVED: list[Any] = [Hyperparameter, Number, Interval, NonNegative, Positive, Real]
 torch.serialization.add_safe_globals(_SAVED)

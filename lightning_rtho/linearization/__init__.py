@@ -1,6 +1,7 @@
 """Derivatives of one training step: of the user's loss, of clipping, and of the update."""
 
 from lightning_rtho.linearization._clipping import ClipByNorm, ClipByValue, GradientClip
+from lightning_rtho.linearization._cohort import cohort_jvp, cohorts
 from lightning_rtho.linearization._gradient import Linearization
 from lightning_rtho.linearization._statistics import (
     RunningStatistics,
@@ -17,6 +18,8 @@ __all__ = [
     "RunningStatistics",
     "StatisticUpdate",
     "TracedLoss",
+    "cohort_jvp",
+    "cohorts",
     "step_jvp",
     "step_vjp",
 ]

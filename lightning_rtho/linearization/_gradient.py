@@ -68,6 +68,7 @@ class Linearization:
         self, loss: TracedLoss, params: Sequence[Tensor], hypers: Sequence[Tensor]
     ) -> None:
         self.updates = loss.updates
+        self._loss, self._params = loss.value, list(params)
         self._scale = loss.scale
         statistics = [update.statistic for update in loss.updates]
         multipliers = [torch.zeros_like(s).requires_grad_(s.requires_grad) for s in statistics]
@@ -90,6 +91,25 @@ class Linearization:
     def gradients(self) -> list[Tensor | None]:
         """The gradient dL/dw, detached, each ``[*P]``; None where it is zero."""
         return self._unscaled(self.scaled_gradients)
+
+    def still_holds(self) -> bool:
+        """Tell whether the graph still gives the gradient that it gave at first.
+
+        It does not if it reads the weights anew, as activation checkpointing does, and the weights
+        have moved.
+
+        Returns:
+            Whether the two gradients agree up to rounding.
+        """
+        again = _gradients(
+            [self._loss], self._params, [torch.ones_like(self._loss)], retain_graph=True
+        )
+        pairs = zip(self.scaled_gradients, again, strict=True)
+        return all(
+            torch.allclose(first, second, rtol=1e-4, atol=1e-6 * float(first.abs().max()))
+            for first, second in pairs
+            if first is not None and second is not None
+        )
 
     def _unscaled(self, parts: list[Tensor | None]) -> list[Tensor | None]:
         if self._scale == 1:

@@ -1,8 +1,5 @@
 """The chain rule through one update of one parameter, in both directions."""
 
-from collections.abc import Callable
-from typing import TypeAlias
-
 import torch
 from torch import Tensor
 
@@ -10,19 +7,6 @@ from lightning_rtho._types import Hypers, State, StateCotangent, StateTangent
 from lightning_rtho.dynamics import Transition
 
 __all__ = ["step_jvp", "step_vjp"]
-
-
-Arguments: TypeAlias = tuple[State, Tensor, Hypers]
-
-
-def _phi(transition: Transition) -> tuple[Callable[[State, Tensor, Hypers], State], Arguments]:
-    """Phi as a map of state, gradient and tuned settings alone, and the point it is taken at."""
-    tuned = {name: transition.hyper[name] for name in transition.columns}
-
-    def phi(state: State, grad: Tensor, tuned: Hypers) -> State:
-        return transition.rule(state, grad, {**transition.hyper, **tuned})
-
-    return phi, (transition.state, transition.grad, tuned)
 
 
 def step_jvp(
@@ -42,10 +26,15 @@ def step_jvp(
     References:
         Franceschi et al. (2017), Forward-HG: Z_t = A_t Z_{t-1} + B_t.
     """
-    phi, primals = _phi(transition)
+    primals = (transition.state, transition.grad, transition.hyper)
+    # Dense zeros for the others: torch pushes absent tangents through slow decompositions.
+    hyper_dot = {
+        name: hyper_dot.get(name, value.new_zeros(len(grad_dot)))
+        for name, value in transition.hyper.items()
+    }
 
     def push(*tangents: State | Tensor) -> State:
-        pushed: State = torch.func.jvp(phi, primals, tangents)[1]
+        pushed: State = torch.func.jvp(transition.rule, primals, tangents)[1]
         return pushed
 
     new_state_dot: StateTangent = torch.vmap(push)(state_dot, grad_dot, hyper_dot)
@@ -69,10 +58,10 @@ def step_vjp(
         Franceschi et al. (2017), Reverse-HG: alpha_{t-1} = alpha_t A_t, g = g + alpha_t B_t.
     """
     # Plain autograd: torch.func's vjp does not run while a kept graph hooks saved tensors.
-    phi, (state, grad, tuned) = _phi(transition)
-    state, tuned, grad = _leaves(state), _leaves(tuned), grad.detach().requires_grad_()
+    state, grad = _leaves(transition.state), transition.grad.detach().requires_grad_()
+    tuned = _leaves({name: transition.hyper[name] for name in transition.columns})
     with torch.enable_grad():
-        new_state = phi(state, grad, tuned)
+        new_state = transition.rule(state, grad, {**transition.hyper, **tuned})
     # The count of a first step depends on nothing.
     names = [name for name, x in new_state.items() if name in new_state_bar and x.requires_grad]
     cotangents = iter(

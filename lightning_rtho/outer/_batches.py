@@ -1,6 +1,7 @@
 """An endless stream of validation batches that touches nobody else's state."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ class CyclingBatches:
         self._iterator: Iterator[Any] = iter(())
         self._order = self._generator.get_state()
         self._taken = 0
+        self._noise = torch.get_rng_state()
 
     def __iter__(self) -> Iterator[Any]:
         """Return itself."""
@@ -41,13 +43,14 @@ class CyclingBatches:
 
     def __next__(self) -> Any:
         """Return the next batch, beginning a new cycle where one ends."""
-        for batch in self._iterator:
-            self._taken += 1
-            return batch
-        self._begin_cycle()
-        for batch in self._iterator:
-            self._taken += 1
-            return batch
+        with self._own_random_state():
+            for batch in self._iterator:
+                self._taken += 1
+                return batch
+            self._begin_cycle()
+            for batch in self._iterator:
+                self._taken += 1
+                return batch
         raise ValueError(
             "`dataloader` must give at least one validation batch, got an empty one. Check its "
             "dataset, `batch_size` and `drop_last`."
@@ -55,7 +58,19 @@ class CyclingBatches:
 
     def _begin_cycle(self) -> None:
         self._order, self._taken = self._generator.get_state(), 0
+        seed = torch.empty((), dtype=torch.int64).random_(generator=self._generator)
+        torch.default_generator.manual_seed(int(seed))
         self._iterator = iter(self._source)
+
+    @contextmanager
+    def _own_random_state(self) -> Iterator[None]:
+        """Let samplers and datasets that draw from torch's global generator draw from another."""
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self._noise)
+            try:
+                yield
+            finally:
+                self._noise = torch.get_rng_state()
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the stream stands: the order of this cycle and the batches taken of it."""
@@ -68,7 +83,8 @@ class CyclingBatches:
             state: What :meth:`state_dict` returned.
         """
         self._generator.set_state(state["order"])
-        self._begin_cycle()
+        with self._own_random_state():
+            self._begin_cycle()
         for _ in range(state["taken"]):
             next(self)
 

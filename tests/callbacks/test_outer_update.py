@@ -140,7 +140,7 @@ def test_values_are_on_the_progress_bar_and_can_be_monitored(tmp_path):
             seen.append(self.get_metrics(trainer, trainer.lightning_module))
 
     checkpoint = ModelCheckpoint(tmp_path, monitor="outer_objective", every_n_train_steps=4)
-    callback = RTHO(["lr"], hyper_batch_size=2)
+    callback = RTHO(["lr"], hyper_batch_size=4)  # an epoch has 5 steps
     trainer = fit(
         SmallNet(lr=0.1),
         callback,
@@ -151,7 +151,7 @@ def test_values_are_on_the_progress_bar_and_can_be_monitored(tmp_path):
         enable_checkpointing=True,
     )
     assert "hyperparameter/lr" not in seen[0]
-    assert all("hyperparameter/lr" in metrics for metrics in seen[2:])
+    assert all("hyperparameter/lr" in metrics for metrics in seen[3:])
     assert trainer.callback_metrics["hyperparameter/lr"] == callback.hyperparameters["lr"]
     assert checkpoint.best_model_score.item() == pytest.approx(
         min(u.outer_objective for u in callback.schedule if u.step % 4 == 0)
@@ -210,3 +210,8 @@ def test_other_trainer_verbs_ignore_the_callback():
     trainer.validate(module, loader(4, 1, 2), verbose=False)
     assert callback.hyperparameters == {}
     assert callback.hypergradients == {}
+
+
+def test_run_too_short_for_an_update_says_so():
+    with pytest.warns(UserWarning, match="RTHO made no update in 3 followed steps"):
+        fit(SmallNet(lr=0.1), RTHO(["lr"], hyper_batch_size=10), steps=3)

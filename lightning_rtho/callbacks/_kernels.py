@@ -1,0 +1,80 @@
+"""Kernels whose backward pass can be differentiated, for the steps that are followed."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NoReturn
+from unittest import mock
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import CheckpointFunction
+
+__all__ = ["is_compiled", "twice_differentiable_kernels", "warn_of_eager_steps"]
+
+
+@contextmanager
+def twice_differentiable_kernels(module: nn.Module) -> Iterator[None]:
+    """Choose, for a forward pass, implementations that have a second derivative.
+
+    Attention and weight normalization are computed by their plain formulas, recurrent layers by
+    torch's own kernels rather than cuDNN's, and compiled modules run eagerly.
+
+    Args:
+        module: The module that runs; it may not checkpoint activations the reentrant way.
+    """
+    with ExitStack() as stack:
+        # Private: where its inputs need no gradient, reentrant checkpointing leaves no trace in
+        # the graph, and the weights' part in the activations would be lost without a word.
+        stack.enter_context(mock.patch.object(CheckpointFunction, "apply", _refuse_checkpoint))
+        # Private: torch's fused kernel has a second derivative, and it is wrong (torch 2.13).
+        stack.enter_context(mock.patch.object(torch, "_weight_norm", _weight_norm))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if any(isinstance(layer, nn.RNNBase) for layer in module.modules()):
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        if is_compiled(module):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+def _weight_norm(direction: Tensor, length: Tensor, dim: int = 0) -> Tensor:
+    """Weight of given direction and length: w = g v / |v|, the norm over all axes but one."""
+    return direction * (length / torch.norm_except_dim(direction, 2, dim))
+
+
+def _refuse_checkpoint(*args: Any) -> NoReturn:
+    raise MisconfigurationException(
+        "`checkpoint(..., use_reentrant=True)` hides the graph of what it runs, got it in a step "
+        "that is followed. Use `use_reentrant=False`."
+    )
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Tell whether the module or a submodule was given to ``torch.compile``.
+
+    Args:
+        module: The module.
+
+    Returns:
+        Whether it was.
+    """
+    # Private: a module compiled in place by `module.compile()` shows it in no other way.
+    return any(
+        isinstance(layer, torch._dynamo.OptimizedModule) or layer._compiled_call_impl is not None
+        for layer in module.modules()
+    )
+
+
+def warn_of_eager_steps(module: nn.Module) -> None:
+    """Say that a compiled module runs eagerly while it is followed.
+
+    Args:
+        module: The module.
+    """
+    if is_compiled(module):
+        rank_zero_warn(
+            "Compiled modules have no second derivative: the steps that hypergradients follow run "
+            "them eagerly. Set `start_step` and `stop_step` to follow a part of the run alone."
+        )

@@ -1,0 +1,205 @@
+"""Layers that people train: followed exactly, or refused by name."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn, optim
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from lightning_rtho import RTHO, TRHO, KeepGraph
+from tests.callbacks.problems import FEATURES, SmallNet, finite_difference, fit, validation_loss
+
+METHODS = {
+    "forward": lambda: RTHO(["lr"], hyper_batch_size=4, outer_optimizer=None),
+    "recompute": lambda: TRHO(["lr"], hyper_batch_size=4, outer_optimizer=None),
+    "keep graph": lambda: TRHO(["lr"], hyper_batch_size=4, outer_optimizer=None, tape=KeepGraph()),
+}
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inward, self.outward = nn.Linear(FEATURES, 12), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.inward(x)[None, None].chunk(3, -1)
+        return self.outward(F.scaled_dot_product_attention(query, key, value)[0, 0])
+
+
+class Transformer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, activation="gelu")
+        self.inward, self.outward = nn.Linear(FEATURES, 4), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outward(self.layer(self.inward(x)[None])[0])
+
+
+class Recurrent(nn.Module):
+    def __init__(self, layer: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.layer, self.outward = layer(FEATURES, 4, batch_first=True), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outward(self.layer(x[:, None].repeat(1, 3, 1))[0][:, -1])
+
+
+class Embedded(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.table, self.outward = nn.Embedding(5, 4, **options), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outward(self.table((x[:, 0] > 0).long()).tanh())
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, use_reentrant: bool) -> None:
+        super().__init__()
+        self.inward, self.outward = nn.Linear(FEATURES, 4), nn.Linear(4, 1)
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = checkpoint(lambda x: self.inward(x).tanh(), x, use_reentrant=self.use_reentrant)
+        return self.outward(hidden)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(FEATURES, FEATURES), nn.Linear(FEATURES, FEATURES)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).tanh()).sum(1, keepdim=True)
+
+
+def around(layer: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(FEATURES, 4), layer, nn.Tanh(), nn.Linear(4, 1))
+
+
+FOLLOWED: dict[str, Callable[[], nn.Module]] = {
+    "attention": Attention,
+    "transformer": Transformer,
+    "lstm": lambda: Recurrent(nn.LSTM),
+    "gru": lambda: Recurrent(nn.GRU),
+    "rnn": lambda: Recurrent(nn.RNN),
+    "embedding": Embedded,
+    "group norm": lambda: around(nn.GroupNorm(2, 4)),
+    "layer norm": lambda: around(nn.LayerNorm(4)),
+    "weight norm": lambda: nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Linear(FEATURES, 4)), nn.Tanh(), nn.Linear(4, 1)
+    ),
+    "tied": Tied,
+    "checkpointed": lambda: Checkpointed(use_reentrant=False),
+    "compiled": lambda: nn.Sequential(
+        torch.compile(nn.Linear(FEATURES, 4), backend="aot_eager"), nn.Tanh(), nn.Linear(4, 1)
+    ),
+}
+
+
+def expected(body: Callable[[], nn.Module]) -> float:
+    def loss_at(lr: float) -> float:
+        module = SmallNet(optim.SGD, body=body, lr=lr, momentum=0.5)
+        fit(module, steps=4)
+        return validation_loss(module)
+
+    return finite_difference(0.1, loss_at)
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_followed_exactly(name):
+    reference = expected(FOLLOWED[name])
+    for method, make in METHODS.items():
+        if name == "checkpointed" and method == "keep graph":
+            continue  # refused, below
+        callback = make()
+        fit(SmallNet(optim.SGD, body=FOLLOWED[name], lr=0.1, momentum=0.5), callback, steps=4)
+        # Differences err by 1e-10 of the loss; see `finite_difference`.
+        assert callback.hypergradients["lr"].item() == pytest.approx(reference, rel=1e-6), method
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grad * (1 - x.tanh() ** 2)
+
+
+class Once(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inward, self.outward = nn.Linear(FEATURES, 4), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outward(OnceDifferentiable.apply(self.inward(x)))
+
+
+class Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(FEATURES, 1, dtype=torch.complex128))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.to(torch.complex128) @ self.weight).abs()
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "once differentiable": (Once, "`once_differentiable`"),
+    "reentrant checkpointing": (lambda: Checkpointed(use_reentrant=True), "`use_reentrant=False`"),
+    "complex": (Complex, "is complex"),
+    "sparse embedding": (lambda: Embedded(sparse=True), "`net.table` has sparse gradients"),
+    "spectral norm": (
+        lambda: around(nn.utils.spectral_norm(nn.Linear(4, 4))),
+        "`net.1` is normalized by its spectral norm",
+    ),
+    "spectral norm as a parametrization": (
+        lambda: around(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))),
+        "is normalized by its spectral norm",
+    ),
+    "running instance norm": (
+        lambda: around(nn.InstanceNorm1d(4, track_running_stats=True)),
+        "`net.1` keeps running statistics",
+    ),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_name(name, method):
+    body, message = REFUSED[name]
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(SmallNet(optim.SGD, body=body, lr=0.1, l2=0.0), METHODS[method](), steps=4)
+
+
+def test_kept_graphs_that_read_the_weights_anew_are_refused():
+    body = FOLLOWED["checkpointed"]
+    with pytest.raises(MisconfigurationException, match="activation checkpointing"):
+        fit(SmallNet(optim.SGD, body=body, lr=0.1), METHODS["keep graph"](), steps=4)
+
+
+def test_compiled_modules_run_eagerly_with_a_warning():
+    with pytest.warns(UserWarning, match="run them eagerly"):
+        fit(SmallNet(optim.SGD, body=FOLLOWED["compiled"], lr=0.1), METHODS["forward"](), steps=1)
+
+
+@pytest.mark.parametrize("name", ["attention", "lstm", "transformer"])
+def test_recomputing_observer_changes_nothing(name):
+    torch.set_default_dtype(torch.float32)
+    weights = []
+    for callbacks in ([], [METHODS["recompute"]()]):
+        module = SmallNet(optim.Adam, body=FOLLOWED[name], lr=0.01)
+        fit(module, *callbacks, steps=8)
+        weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    assert torch.equal(*weights)

@@ -1,0 +1,122 @@
+"""A tape leaves weights, graphs and autograd as it found them."""
+
+import gc
+
+import pytest
+import torch
+
+from lightning_rtho.hypergradient import KeepGraph, ReverseHypergradient
+from tests.helpers import METHODS, Run, hyperparameters, watch_graph
+
+TAPES = [name for name in METHODS if name != "forward"]
+
+
+class Interrupted(Exception):
+    """What a replay raises."""
+
+
+def _run(tape, steps, replay=None, watch=lambda value: None):
+    hypers = hyperparameters({"lr": 0.1, "rho": 0.5})
+    w = torch.randn(4, requires_grad=True)
+    run = Run(torch.optim.SGD([w], lr=hypers["lr"], momentum=0.9), hypers, METHODS[tape])
+
+    def loss():
+        value = hypers["rho"] * (w.tanh() ** 4).sum()
+        watch(value)
+        return value
+
+    for _ in range(steps):
+        run.step(loss, replays=[replay or loss])
+    return run, w, loss
+
+
+def _plain_autograd_watches_its_saved_tensors() -> bool:
+    """Whether an in-place write to what a graph has saved is refused, as torch does by itself."""
+    w = torch.ones(2, requires_grad=True)
+    value = (w**2).sum()
+    with torch.no_grad():
+        w.add_(1)
+    try:
+        value.backward()
+    except RuntimeError as error:
+        return "modified by an inplace operation" in str(error)
+    return False
+
+
+@pytest.mark.parametrize("tape", TAPES)
+def test_weights_and_optimizer_state_are_bitwise_what_they_were(tape):
+    run, w, _ = _run(tape, steps=3)
+    velocity = run.optimizer.state[w]["momentum_buffer"]
+    before, address = (w.detach().clone(), velocity.clone()), w.data_ptr()
+    run.hypergradient(lambda: w.sum())
+    assert torch.equal(w, before[0])
+    assert torch.equal(velocity, before[1])
+    assert w.data_ptr() == address
+
+
+@pytest.mark.parametrize("tape", ["recompute", "offload"])
+def test_weights_are_restored_when_a_replay_raises(tape):
+    def interrupt():
+        raise Interrupted
+
+    run, w, _ = _run(tape, steps=3, replay=interrupt)
+    before = w.detach().clone()
+    with pytest.raises(Interrupted):
+        run.hypergradient(lambda: w.sum())
+    assert torch.equal(w, before)
+
+
+@pytest.mark.parametrize("tape", TAPES)
+def test_training_is_bitwise_plain_training(tape):
+    run, w, _ = _run(tape, steps=5)
+    run.method.reset()
+    torch.manual_seed(0)
+    followed = w.detach().clone()
+    plain = torch.randn(4, requires_grad=True)
+    optimizer = torch.optim.SGD([plain], lr=0.1, momentum=0.9)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (0.5 * (plain.tanh() ** 4).sum()).backward()
+        optimizer.step()
+    assert torch.equal(followed, plain)
+
+
+@pytest.mark.parametrize("end", ["hypergradient", "reset", "clear"])
+def test_a_kept_window_suspends_the_check_of_saved_tensors_and_its_end_restores_it(end):
+    run, w, _ = _run("keep-graph", steps=2)
+    assert not _plain_autograd_watches_its_saved_tensors()
+    if end == "hypergradient":
+        run.hypergradient(lambda: w.sum())
+    elif end == "reset":
+        run.method.reset()
+    else:
+        run.method.tape.clear()
+    assert _plain_autograd_watches_its_saved_tensors()
+
+
+def test_a_kept_tape_may_be_cleared_before_it_was_ever_started():
+    KeepGraph().clear()
+    assert _plain_autograd_watches_its_saved_tensors()
+
+
+def test_a_tape_is_emptied_when_a_method_takes_it_over():
+    run, w, _ = _run("keep-graph", steps=2)
+    run.method = ReverseHypergradient([w], run.hypers, run.method.tape)
+    assert _plain_autograd_watches_its_saved_tensors()
+    assert run.hypergradient(lambda: w.sum()).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("tape", "kept"), [("recompute", False), ("offload", False), ("keep-graph", True)]
+)
+def test_graphs_are_held_by_the_kept_tape_alone_and_no_longer_than_its_window(tape, kept):
+    graphs = []
+    gc.collect()
+    gc.disable()  # whatever only the collector would find counts as leaked
+    try:
+        run, w, _ = _run(tape, steps=4, watch=lambda value: graphs.append(watch_graph(value)))
+        assert [is_alive() for is_alive in graphs] == [kept] * 4
+        run.hypergradient(lambda: w.sum())
+        assert not any(is_alive() for is_alive in graphs)
+    finally:
+        gc.enable()

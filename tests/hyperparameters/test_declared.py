@@ -1,0 +1,61 @@
+"""Finding the hyperparameters that a module declares."""
+
+from torch import nn
+
+from lightning_rtho import Hyperparameter, Positive, Real
+from lightning_rtho.hyperparameters import declared_hyperparameters
+
+
+def _new() -> Hyperparameter:
+    return Hyperparameter(1.0, Positive())
+
+
+def test_module_without_hyperparameters_declares_none() -> None:
+    assert declared_hyperparameters(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))) == {}
+
+
+def test_attributes_are_named_as_parameters_are() -> None:
+    module = nn.Module()
+    module.lr = lr = _new()
+    module.body = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    module.body[1].gain = gain = _new()
+    found = declared_hyperparameters(module)
+    assert list(found) == ["lr", "body.1.gain"]
+    assert found["lr"] is lr
+    assert found["body.1.gain"] is gain
+
+
+def test_containers_are_entered() -> None:
+    module = nn.Module()
+    module.rates = [_new(), (_new(), 3.0)]
+    module.weights = {"task": _new(), "nested": {"other": [_new()]}, "name": "x"}
+    assert set(declared_hyperparameters(module)) == {
+        "rates.0",
+        "rates.1.0",
+        "weights.task",
+        "weights.nested.other.0",
+    }
+
+
+def test_shared_hyperparameter_is_named_after_its_first_place() -> None:
+    module = nn.Module()
+    shared = _new()
+    module.first = module.second = shared
+    module.child = nn.Linear(1, 1)
+    module.child.third = [shared, shared]
+    found = declared_hyperparameters(module)
+    assert list(found) == ["first"]
+    assert found["first"] is shared
+
+
+def test_equal_hyperparameters_are_still_two() -> None:
+    module = nn.Module()
+    module.a, module.b = Hyperparameter([1.0, 2.0], Real()), Hyperparameter([1.0, 2.0], Real())
+    assert list(declared_hyperparameters(module)) == ["a", "b"]
+
+
+def test_parameters_buffers_and_plain_tensors_are_none() -> None:
+    module = nn.Linear(1, 1)
+    module.register_buffer("buffer", module.weight.detach().clone())
+    module.plain = module.weight.detach().clone()
+    assert declared_hyperparameters(module) == {}

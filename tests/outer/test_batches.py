@@ -1,0 +1,173 @@
+"""The stream of validation batches: endless, shuffled by itself, and unnoticed."""
+
+import itertools
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+from lightning_rtho.outer import CyclingBatches
+
+DATA = list(range(10))
+
+
+class Untouchable(DataLoader):
+    """A loader of the user that must not be iterated."""
+
+    def __iter__(self):
+        raise AssertionError("the user's loader was iterated")
+
+
+class Reversed(torch.utils.data.Sampler):
+    """A custom order."""
+
+    def __iter__(self):
+        return iter(reversed(DATA))
+
+    def __len__(self):
+        return len(DATA)
+
+
+class Noisy(Dataset):
+    """Data that are augmented by global random numbers."""
+
+    def __len__(self):
+        return len(DATA)
+
+    def __getitem__(self, index):
+        return torch.rand(())
+
+
+class Stream(IterableDataset):
+    """Data without indices."""
+
+    def __iter__(self):
+        return iter(DATA)
+
+
+def _take(stream, count):
+    return [batch.tolist() for batch in itertools.islice(stream, count)]
+
+
+def test_every_cycle_shows_every_sample_once_in_a_new_order():
+    stream = CyclingBatches(Untouchable(DATA, batch_size=5), seed=0)
+    cycles = [[i for batch in _take(stream, 2) for i in batch] for _ in range(4)]
+    assert all(sorted(cycle) == DATA for cycle in cycles)
+    assert len({tuple(cycle) for cycle in cycles}) == 4
+
+
+def test_the_order_is_that_of_the_seed():
+    first, again, other = (
+        _take(CyclingBatches(Untouchable(DATA, batch_size=4), seed=seed), 9) for seed in (3, 3, 4)
+    )
+    assert first == again
+    assert first != other
+
+
+def test_it_is_its_own_iterator():
+    stream = CyclingBatches(DataLoader(DATA), seed=0)
+    assert iter(stream) is stream
+
+
+@pytest.mark.parametrize(("drop_last", "sizes"), [(False, {4: 4, 2: 2}), (True, {4: 6})])
+def test_the_last_batch_is_dropped_where_the_loader_drops_it(drop_last, sizes):
+    stream = CyclingBatches(Untouchable(DATA, batch_size=4, drop_last=drop_last), seed=0)
+    assert Counter(len(batch) for batch in _take(stream, 6)) == sizes
+
+
+def test_batches_are_collated_as_the_loader_collates_them():
+    loader = Untouchable(DATA, batch_size=2, collate_fn=lambda samples: -torch.tensor(samples))
+    stream = CyclingBatches(loader, seed=0)
+    assert sorted(i for batch in _take(stream, 5) for i in batch) == sorted(-i for i in DATA)
+
+
+def test_a_sampler_of_the_users_own_keeps_its_order():
+    stream = CyclingBatches(Untouchable(DATA, batch_size=5, sampler=Reversed()), seed=0)
+    assert _take(stream, 3) == [[9, 8, 7, 6, 5], [4, 3, 2, 1, 0], [9, 8, 7, 6, 5]]
+
+
+def test_a_batch_sampler_of_the_users_own_keeps_its_batches():
+    batches = BatchSampler(SequentialSampler(range(3)), batch_size=2, drop_last=False)
+    stream = CyclingBatches(Untouchable(DATA, batch_sampler=batches), seed=0)
+    assert _take(stream, 3) == [[0, 1], [2], [0, 1]]
+
+
+def test_samples_without_batches_are_shown_as_they_are():
+    stream = CyclingBatches(Untouchable([torch.tensor(i) for i in DATA], batch_size=None), seed=0)
+    assert sorted(_take(stream, 10)) == DATA
+    assert len(_take(stream, 10)) == 10
+
+
+@pytest.mark.parametrize(
+    "source",
+    [[torch.tensor([0]), torch.tensor([1])], DataLoader(Stream(), batch_size=5)],
+    ids=["list", "iterable-dataset"],
+)
+def test_what_has_no_indices_is_cycled_in_its_own_order(source):
+    stream = CyclingBatches(source, seed=0)
+    first, second, third = _take(stream, 3)
+    assert first == third
+    assert first != second
+
+
+LOADERS = {
+    "sequential": lambda: DataLoader(DATA, batch_size=4),
+    "shuffled": lambda: DataLoader(DATA, batch_size=4, shuffle=True),
+    "subset": lambda: DataLoader(DATA, batch_size=4, sampler=SubsetRandomSampler(DATA[:6])),
+    "weighted": lambda: DataLoader(
+        DATA, batch_size=4, sampler=WeightedRandomSampler([0.1] * 10, 8)
+    ),
+    "unbatched": lambda: DataLoader(torch.arange(10.0), batch_size=None, shuffle=True),
+    "augmented": lambda: DataLoader(Noisy(), batch_size=4),
+    "iterable": lambda: DataLoader(Stream(), batch_size=4),
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_global_random_state_is_left_alone(loader):
+    source = LOADERS[loader]()
+    state = torch.get_rng_state()
+    stream = CyclingBatches(source, seed=0)
+    _take(stream, 7)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("taken", [0, 2, 3, 5])
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_stream_goes_on_where_the_one_that_was_saved_stood(loader, taken):
+    old = CyclingBatches(LOADERS[loader](), seed=0)
+    _take(old, taken)
+    new = CyclingBatches(LOADERS[loader](), seed=1)
+    torch.rand(3)  # nor does it matter what the training run draws in between
+    new.load_state_dict(old.state_dict())
+    assert _take(new, 7) == _take(old, 7)
+
+
+def test_random_samplers_of_the_users_own_draw_anew_in_each_cycle():
+    stream = CyclingBatches(
+        DataLoader(DATA, batch_size=10, sampler=SubsetRandomSampler(DATA)), seed=0
+    )
+    cycles = []
+    for _ in range(4):
+        torch.manual_seed(0)  # the training run may not draw a number between two cycles
+        cycles += _take(stream, 1)
+    assert len({tuple(cycle) for cycle in cycles}) == 4
+
+
+@pytest.mark.parametrize(
+    "source",
+    [[], DataLoader([]), DataLoader(DATA, batch_size=11, drop_last=True)],
+    ids=["list", "no-data", "batch-too-large"],
+)
+def test_an_empty_source_is_refused(source):
+    with pytest.raises(ValueError, match="at least one validation batch"):
+        next(CyclingBatches(source, seed=0))

@@ -1,0 +1,146 @@
+"""Descent on hyperparameters in the raw coordinates of their domains."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.autograd.functional import jacobian
+
+from lightning_rtho import Hyperparameter, Interval, NonNegative, Positive, Real
+from lightning_rtho.outer import HyperparameterDescent, adam
+
+POINTS = {
+    "real": (Real(), -0.7),
+    "positive": (Positive(), 1e-3),
+    "positive-large": (Positive(), 40.0),
+    "non-negative": (NonNegative(), 3e-4),
+    "non-negative-tiny": (NonNegative(), 2e-7),
+    "interval": (Interval(0, 1), 0.9),
+    "interval-wide": (Interval(-2, 5), 0.3),
+}
+
+plain_descent = partial(torch.optim.SGD, lr=1.0)
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_the_raw_gradient_is_the_chain_rule_and_the_value_follows_the_raw_one(point):
+    domain, start = POINTS[point]
+    hyper = Hyperparameter(start, domain)
+    descent = HyperparameterDescent([hyper], plain_descent)
+    raw = descent.raw[0].detach().clone()
+    slope = jacobian(domain.from_raw, raw)
+    hypergradient = 0.01 / slope  # moves the raw value by 0.01, whatever the domain
+    descent.step(hypergradient.reshape(1))
+    # One product and one map; logit and asinh cost a digit.
+    torch.testing.assert_close(descent.raw[0].detach(), raw - 0.01, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(hyper.plain, domain.from_raw(raw - 0.01), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_hypergradient_of_zero_keeps_the_value(point):
+    domain, start = POINTS[point]
+    hyper = Hyperparameter(start, domain)
+    HyperparameterDescent([hyper], plain_descent).step(torch.zeros(1))
+    assert hyper.item() == pytest.approx(start, rel=1e-14)  # there and back through the domain
+
+
+def test_entries_are_dealt_out_in_order_to_hyperparameters_of_any_shape():
+    scalar = Hyperparameter(0.5, Real())
+    matrix = Hyperparameter(torch.zeros(2, 2), Real())
+    vector = Hyperparameter([1.0, 1.0], Positive())
+    descent = HyperparameterDescent([scalar, matrix, vector], plain_descent)
+    descent.step(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 0.1, 0.2]))
+    assert scalar.item() == -0.5
+    assert matrix.tolist() == [[-2.0, -3.0], [-4.0, -5.0]]
+    expected = torch.tensor([-0.1, -0.2]).exp()
+    torch.testing.assert_close(vector.plain, expected, rtol=1e-14, atol=0)  # exp(log 1 - g)
+
+
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+@pytest.mark.parametrize("point", POINTS)
+def test_no_step_leaves_the_domain(point, sign):
+    domain, start = POINTS[point]
+    hyper = Hyperparameter(start, domain)
+    optimizer = partial(torch.optim.Adam, lr=3.0)  # moves the raw value by 3 each time
+    descent = HyperparameterDescent([hyper], optimizer)
+    for _ in range(20):
+        descent.step(torch.tensor([sign]))
+        assert domain.contains(hyper.plain)
+
+
+def test_a_non_negative_value_reaches_0_and_comes_back():
+    hyper = Hyperparameter(1e-4, NonNegative())
+    descent = HyperparameterDescent([hyper], partial(torch.optim.SGD, lr=1e6))
+    descent.step(torch.tensor([1e3]))
+    assert hyper.item() == 0.0
+    descent.step(torch.tensor([-1.0]))  # dE/du = -1e-6 at 0, so u = 1
+    assert hyper.item() == pytest.approx(1e-6 * torch.tensor(1.0).sinh().item(), rel=1e-12)
+
+
+def test_a_value_at_the_end_of_its_interval_can_be_moved():
+    hyper = Hyperparameter(0.0, Interval(0, 1))
+    HyperparameterDescent([hyper], adam).step(torch.tensor([-1.0]))
+    assert 0 < hyper.item() < 0.01
+
+
+def test_projection_keeps_a_raw_value_from_running_away():
+    hyper = Hyperparameter(0.5, Interval(0, 1))
+    descent = HyperparameterDescent([hyper], partial(torch.optim.Adam, lr=5.0))
+    for _ in range(20):
+        descent.step(torch.tensor([-1.0]))
+    assert 1 - hyper.item() == pytest.approx(1e-6, rel=1e-3)  # sigmoid(ln 1e6) = 1 - 1e-6
+    for _ in range(8):
+        descent.step(torch.tensor([1e6]))
+    assert hyper.item() < 0.5
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+        partial(torch.optim.Adam, lr=0.1),
+        partial(torch.optim.AdamW, lr=0.1),
+        partial(torch.optim.RMSprop, lr=0.1),
+        partial(torch.optim.Adagrad, lr=0.1),
+        partial(torch.optim.Rprop, lr=0.1),
+        adam,
+    ],
+    ids=["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Rprop", "default"],
+)
+def test_any_torch_optimizer_moves_the_raw_values_as_it_moves_weights(make):
+    hyper = Hyperparameter([0.5, 2.0], Positive())
+    descent = HyperparameterDescent([hyper], make)
+    twin = torch.tensor([0.5, 2.0]).log().requires_grad_()
+    optimizer = make([twin])
+    for _ in range(5):
+        hypergradient = 2 * (hyper.plain - 1)
+        descent.step(hypergradient)
+        optimizer.zero_grad()
+        (twin.exp() - 1).square().sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(hyper.plain, twin.detach().exp(), rtol=1e-12, atol=0)  # 5 steps
+
+
+def test_the_default_changes_a_rate_by_a_tenth_whatever_the_scale_of_the_objective():
+    for scale in (1e-4, 1e4):
+        hyper = Hyperparameter(0.01, Positive())
+        HyperparameterDescent([hyper], adam).step(torch.tensor([scale]))
+        # exp(-0.1); Adam's eps of 1e-8 beside a raw gradient of 1e-6 takes 1 % off the step.
+        assert hyper.item() == pytest.approx(0.01 * 0.904837, rel=2e-3)
+
+
+def test_a_vector_keeps_its_dtype():
+    hyper = Hyperparameter(torch.ones(2, dtype=torch.float32), Positive())
+    HyperparameterDescent([hyper], adam).step(torch.tensor([1.0, -1.0], dtype=torch.float64))
+    assert hyper.dtype is torch.float32
+    assert hyper[0] < 1 < hyper[1]
+
+
+def test_values_are_written_in_place_and_stay_as_live_as_they_were():
+    hyper = Hyperparameter(0.1, Positive())
+    hyper.requires_grad_()
+    address = hyper.data_ptr()
+    HyperparameterDescent([hyper], adam).step(torch.tensor([1.0]))
+    assert hyper.data_ptr() == address
+    assert hyper.requires_grad
+    assert hyper.is_leaf

@@ -1,0 +1,97 @@
+"""Every script of `examples/`, shortened: it runs, leaves its files and prints its number."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).parent.parent
+OPTIONS = {"digits": ["--steps", "60"], "toy_trajectories": []}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Run a script once; give its output folder and what it printed."""
+    finished = {}
+
+    def run_once(script):
+        if script not in finished:
+            output = tmp_path_factory.mktemp(script)
+            done = subprocess.run(
+                [
+                    sys.executable,
+                    str(ROOT / "examples" / f"{script}.py"),
+                    *OPTIONS[script],
+                    "--output",
+                    str(output),
+                ],
+                cwd=output,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                capture_output=True,
+                text=True,
+                timeout=120,
+            )
+            finished[script] = output, done
+        return finished[script]
+
+    return run_once
+
+
+def last_number(done):
+    return float(done.stdout.splitlines()[-1].rsplit(":", 1)[1])
+
+
+def scalars(folder):
+    (events,) = folder.glob("version_0/events.out.tfevents.*")
+    accumulator = EventAccumulator(str(events)).Reload()
+    return {
+        tag: [event.value for event in accumulator.Scalars(tag)]
+        for tag in accumulator.Tags()["scalars"]
+    }
+
+
+def test_every_example_is_run_here():
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == set(OPTIONS)
+
+
+@pytest.mark.parametrize("script", OPTIONS)
+def test_example_finishes_without_a_warning(run, script):
+    _, done = run(script)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+
+
+@pytest.mark.parametrize("script", OPTIONS)
+def test_example_draws_its_figure(run, script):
+    output, _ = run(script)
+    assert (output / f"{script}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_toy_beats_the_untuned_run(run):
+    assert 0 < last_number(run("toy_trajectories")[1]) < 0.85  # 0.78 as it stands
+
+
+def test_digits_prints_a_row_for_each_run(run):
+    _, done = run("digits")
+    header = next(i for i, line in enumerate(done.stdout.splitlines()) if "test error" in line)
+    rows = [line.split() for line in done.stdout.splitlines()[header + 1 : header + 7]]
+    assert [row[4] for row in rows] == ["baseline", "RTHO", "TRHO"] * 2
+
+
+def test_digits_ends_with_a_ratio_of_errors(run):
+    assert 0 < last_number(run("digits")[1]) < 1.05  # 60 steps are too few to win by much
+
+
+@pytest.mark.parametrize("method", ["RTHO", "TRHO"])
+def test_digits_logs_a_learning_rate_that_grows_from_too_small_a_start(run, method):
+    output, _ = run("digits")
+    logged = scalars(output / "digits" / f"lr1e-05-{method}")
+    for name in ("lr", "l2"):
+        assert len(logged[f"hyperparameter/{name}"]) == 6  # one every 10 of the 60 steps
+        assert len(logged[f"hypergradient/{name}"]) == 6
+    assert len(logged["outer_objective"]) == 6
+    assert len(logged["error/test"]) == 3
+    assert logged["hyperparameter/lr"][-1] > 1.3e-5
