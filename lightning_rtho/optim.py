@@ -68,7 +68,7 @@ class DifferentiableOptimizer(Optimizer):
 
     def __init__(self, optimizer: Optimizer, schedulers: Sequence[Any] = ()) -> None:
         self.optimizer = optimizer
-        self._schedulers = list(schedulers)
+        self._schedulers = tuple(schedulers)
         self.rule_class: type[UpdateRule] = rule_class_for(optimizer)
         self.before_update: Callable[[], None] | None = None
         self._sites = _find_sites(optimizer, self.rule_class)
@@ -117,6 +117,24 @@ class DifferentiableOptimizer(Optimizer):
             self._written[number] = value
         if any(ratio != 1 for ratio in ratios):
             rescale(self._schedulers, self.param_groups, ratios)
+
+    def follow_schedulers(self, schedulers: Sequence[Any]) -> None:
+        """Go on under other schedulers, as stochastic weight averaging brings in its own.
+
+        Args:
+            schedulers: The schedulers of the learning rate from now on.
+        """
+        if tuple(schedulers) != self._schedulers:
+            self._schedulers = tuple(schedulers)
+            self._check_schedule()
+
+    def overwritten_setting(self) -> str | None:
+        """Return a tuned setting that someone else has written to, if there is one."""
+        for site, value in zip(self._sites, self._written, strict=True):
+            scheduled = site.setting == "lr" and self._schedulers
+            if not scheduled and get_setting(self.param_groups[site.group], site.setting) != value:
+                return site.setting
+        return None
 
     def _check_schedule(self) -> None:
         """Check that schedulers and tuned settings get along."""

@@ -125,6 +125,12 @@ class HypergradientCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse settings that cannot be followed."""
         if stage == "fit":
+            callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            if sum(isinstance(other, HypergradientCallback) for other in callbacks) > 1:
+                raise MisconfigurationException(
+                    "`callbacks` must hold one hypergradient callback, got several. Let one of "
+                    "them tune all hyperparameters."
+                )
             check_settings(trainer, pl_module)
             check_validation_step(pl_module)
 

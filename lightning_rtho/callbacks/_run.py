@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_rtho.callbacks._kernels import (
@@ -61,7 +63,8 @@ class FollowedRun:
         self._statistics = RunningStatistics(module)
         self._clip = _clip(trainer)
         self._raw_grads: dict[Tensor, Tensor] = {}
-        self._following = False
+        self._following = self._resting = self._warned_of_freezing = False
+        self._live: set[Tensor] = set()
         self._kernels = ExitStack()
         self._replay: TrainingStepReplay | None = None
         acting = {id(hyper) for hyper in optimizer.hyperparameters}
@@ -72,10 +75,15 @@ class FollowedRun:
     def before_batch(self, batch: Any, batch_idx: int, *, follow: bool) -> None:
         """Take down what the coming training step depends on, if it is followed."""
         self._kernels.close()
+        follow = follow and not self._resting
         self._following, self._replay = follow, None
+        self._optimizer.follow_schedulers([
+            config.scheduler for config in self._trainer.lr_scheduler_configs
+        ])
         for hyper in self._tuned.values():
             hyper.requires_grad_(follow)
         if follow:
+            self._take_in_parameters()
             self.method.start()
             if self.method.needs_replay:
                 self._replay = TrainingStepReplay(
@@ -85,9 +93,31 @@ class FollowedRun:
                 self._kernels.enter_context(twice_differentiable_kernels(self._module))
             self._statistics.start()
 
+    def _take_in_parameters(self) -> None:
+        """Take in parameters that the optimizer has been given since."""
+        known = set(self.method.params)
+        added = [param for param in self._optimizer.params if param not in known]
+        if added:
+            self.method.extend(added)
+
+    def _rest_if_weights_were_frozen(self) -> None:
+        """Begin anew after this step if it no longer trains weights that depend on the past."""
+        live = {param for param in self.method.params if param.requires_grad}
+        if not self._live <= live:
+            self._following, self._resting = False, True
+            if not self._warned_of_freezing:
+                self._warned_of_freezing = True
+                rank_zero_warn(
+                    f"Weights were frozen at step {self._trainer.global_step}: hypergradients "
+                    "count the run after it alone; this is said once."
+                )
+        self._live = live
+
     def before_backward(self, loss: Tensor) -> None:
         """Hand the loss to the method; where that gives the gradient, backward just uses it."""
         self._kernels.close()
+        if self._following:
+            self._rest_if_weights_were_frozen()
         if not self._following:
             return
         if self._replay is not None:
@@ -149,6 +179,9 @@ class FollowedRun:
 
     def _before_update(self) -> None:
         """Hand the optimizer's coming step to the method."""
+        if self._resting:  # its backward pass may have needed what the method holds
+            self._resting = False
+            self.method.reset()
         if not self._following:
             return
         if self._unseen:
@@ -158,10 +191,18 @@ class FollowedRun:
                 "nor the loss of the first training step depends on it. Use it there, or name the "
                 "hyperparameters to tune, as in `RTHO(['lr'])`."
             )
+        overwritten = self._optimizer.overwritten_setting()
+        if overwritten is not None:
+            raise MisconfigurationException(
+                f"`{overwritten}` is tuned, but something other than the callback has changed it "
+                "in the optimizer. Shape a learning rate by a scheduler such as LambdaLR."
+            )
         transitions = self._optimizer.transitions(self._columns)
-        params = self.method.params
-        raw = [self._raw_grads.get(params[t.index], t.grad) for t in transitions]
-        self.method.advance(OptimizerStep(transitions, raw, self._clip))
+        trained = self._optimizer.params
+        raw = [self._raw_grads.get(trained[t.index], t.grad) for t in transitions]
+        positions = {param: i for i, param in enumerate(self.method.params)}
+        followed = [replace(t, index=positions[trained[t.index]]) for t in transitions]
+        self.method.advance(OptimizerStep(followed, raw, self._clip))
         self._optimizer.carry_derivative_buffers(transitions)
         self.steps += bool(transitions)
         self._recorded = False

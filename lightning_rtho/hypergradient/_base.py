@@ -88,6 +88,14 @@ class AbstractHypergradient(ABC):
         """Number m of hyperparameter entries."""
         return sum(self.sizes)
 
+    def extend(self, params: Sequence[Tensor]) -> None:
+        """Take in parameters that the optimizer trains from now on.
+
+        Args:
+            params: The parameters, each ``[*P]``; until now they were constant.
+        """
+        self.params += params
+
     @abstractmethod
     def start(self) -> None:
         """Prepare for the forward pass of a training step."""

@@ -66,6 +66,12 @@ class ForwardHypergradient(AbstractHypergradient):
         self._begin_step()
         self._edited: Tensor | None = None
 
+    def extend(self, params: Sequence[Tensor]) -> None:
+        """See :meth:`AbstractHypergradient.extend`; their tangents are zero."""
+        super().extend(params)
+        self.tangents += [{} for _ in params]
+        self._begin_step()
+
     def state_dict(self) -> dict[str, Any]:
         """See :meth:`AbstractHypergradient.state_dict`; Z."""
         return {"tangents": self.tangents, "statistic_tangents": self.statistic_tangents}

@@ -47,6 +47,11 @@ class ReverseHypergradient(AbstractHypergradient):
         """See :attr:`AbstractHypergradient.needs_replay`."""
         return self.tape.needs_replay
 
+    def extend(self, params: Sequence[Tensor]) -> None:
+        """See :meth:`AbstractHypergradient.extend`; the window begins anew."""
+        super().extend(params)
+        self.reset()
+
     def start(self) -> None:
         """See :meth:`AbstractHypergradient.start`."""
         self.tape.start()

@@ -1,0 +1,187 @@
+"""Other callbacks and changes in mid-run."""
+
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    EarlyStopping,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, optim
+
+from lightning_rtho import RTHO, TRHO, KeepGraph
+from tests.callbacks.problems import SmallNet, finite_difference, fit, validation_loss
+
+STEPS = 8
+METHODS = {
+    "forward": lambda **kw: RTHO(["lr"], **kw),
+    "recompute": lambda **kw: TRHO(["lr"], **kw),
+    "keep graph": lambda **kw: TRHO(["lr"], tape=KeepGraph(), **kw),
+}
+COMPANY: dict[str, Any] = {
+    "weight averaging": WeightAveraging,
+    "exponential averaging": EMAWeightAveraging,
+    "accumulation scheduler": lambda: GradientAccumulationScheduler({0: 1, 1: 2}),
+    "early stopping": lambda: EarlyStopping("train_loss", patience=100),
+}
+
+
+def observed(make: Any, *others: Any, module: Any = None, **settings: Any) -> Any:
+    callback = make(hyper_batch_size=STEPS, outer_optimizer=None)
+    module = module or SmallNet(lr=0.1, momentum=0.5)
+    fit(module, callback, *[other() for other in others], steps=STEPS, **settings)
+    return callback.hypergradients["lr"].item()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", COMPANY)
+def test_exact_in_company(name, method):
+    def loss_at(lr: float) -> float:
+        weights: dict[str, Tensor] = {}
+
+        class Last(L.Callback):  # the callback itself may swap the weights at the end
+            def on_train_batch_end(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
+                if trainer.global_step == STEPS:
+                    weights.update({k: v.clone() for k, v in module.state_dict().items()})
+
+        module = SmallNet(lr=lr, momentum=0.5)
+        fit(module, COMPANY[name](), Last(), steps=STEPS)
+        module.load_state_dict(weights)
+        return validation_loss(module)
+
+    found = observed(METHODS[method], COMPANY[name])
+    assert found == pytest.approx(finite_difference(0.1, loss_at), rel=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stochastic_weight_averaging_brings_a_schedule(method):
+    average = lambda: StochasticWeightAveraging(swa_lrs=0.02, swa_epoch_start=1, annealing_epochs=2)
+
+    def rates(*callbacks: Any) -> list[float]:
+        seen: list[float] = []
+
+        class Watch(L.Callback):
+            def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+                seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+        fit(SmallNet(lr=0.1), *callbacks, average(), Watch(), steps=20, max_epochs=4)
+        return seen
+
+    plain = rates()
+    tuned = rates(METHODS[method](hyper_batch_size=10, outer_optimizer=None))
+    assert plain == tuned
+    assert plain[-1] < 0.1
+
+
+class TwoParts(SmallNet):
+    def __init__(self, lr: float = 0.1) -> None:
+        super().__init__(optim.SGD, lr=lr)
+        self.backbone, self.head = self.net[0], self.net[2]
+
+    def configure_optimizers(self):
+        lively = [p for p in self.parameters() if p.requires_grad]
+        return optim.SGD(lively, lr=self.settings["lr"], momentum=0.5)
+
+
+def unfreezing() -> BackboneFinetuning:
+    # The added group has the rate of the head at that moment; a constant one keeps FD honest.
+    return BackboneFinetuning(1, lambda epoch: 1.0, backbone_initial_lr=0.03, verbose=False)
+
+
+def test_groups_added_in_mid_run_are_followed():
+    class Constant(BackboneFinetuning):
+        def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+            before = [group["lr"] for group in trainer.optimizers[0].param_groups]
+            super().on_train_epoch_start(trainer, module)
+            for group, rate in zip(trainer.optimizers[0].param_groups, before, strict=False):
+                group["lr"] = rate
+
+    def loss_at(lr: float) -> float:
+        module = TwoParts(lr)
+        fit(module, unfreezing(), steps=STEPS)
+        return validation_loss(module)
+
+    found = observed(METHODS["forward"], unfreezing, module=TwoParts())
+    assert found == pytest.approx(finite_difference(0.1, loss_at), rel=1e-6)
+    assert isinstance(observed(METHODS["recompute"], unfreezing, module=TwoParts()), float)
+
+
+class Freezing(SmallNet):
+    def on_train_batch_start(self, batch, batch_idx):
+        self.net[0].weight.requires_grad_(self.global_step < 4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_frozen_in_mid_run_begin_a_new_history(method):
+    found = []
+    for start in (0, 5):  # four steps, one that is left out, four more
+        count = 8 if start == 0 else 4
+        callback = METHODS[method](hyper_batch_size=count, start_step=start, outer_optimizer=None)
+        module = Freezing(lr=0.1, momentum=0.5)
+        if start == 0:
+            with pytest.warns(UserWarning, match="Weights were frozen at step 4"):
+                fit(module, callback, steps=9)
+        else:
+            fit(module, callback, steps=9)
+        found.append(callback.hypergradients["lr"].item())
+    assert found[0] == found[1]
+
+
+class OwnWarmup(SmallNet):
+    def optimizer_step(self, epoch, batch_idx, optimizer, closure):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * (self.global_step + 1)
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tuned_setting_that_someone_else_writes_is_refused(method):
+    with pytest.raises(MisconfigurationException, match="`lr` is tuned, but something other"):
+        observed(METHODS[method], module=OwnWarmup(lr=0.1))
+
+
+def test_two_hypergradient_callbacks_are_refused():
+    with pytest.raises(MisconfigurationException, match="one hypergradient callback"):
+        fit(SmallNet(lr=0.1), RTHO(["lr"]), TRHO(["momentum"]))
+
+
+@pytest.mark.parametrize(
+    "options", [{"foreach": True}, {"fused": True}, {"foreach": False}], ids=str
+)
+@pytest.mark.parametrize("optimizer", [optim.SGD, optim.Adam, optim.AdamW])
+def test_every_implementation_of_an_optimizer_is_followed(optimizer, options):
+    torch.set_default_dtype(torch.float64)
+    found = [
+        observed(METHODS["forward"], module=SmallNet(optimizer, lr=0.05, **chosen))
+        for chosen in ({}, options)
+    ]
+    # The implementations round differently.
+    assert found[0] == pytest.approx(found[1], rel=1e-8)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"detect_anomaly": True},
+        {"overfit_batches": 2},
+        {"profiler": "simple"},
+        {"limit_train_batches": 3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_trainer_settings_change_nothing_in_the_mathematics(method, settings):
+    def loss_at(lr: float) -> float:
+        module = SmallNet(lr=lr, momentum=0.5)
+        fit(module, steps=STEPS, **settings)
+        return validation_loss(module)
+
+    found = observed(METHODS[method], **settings)
+    assert found == pytest.approx(finite_difference(0.1, loss_at), rel=1e-6)
