@@ -75,6 +75,8 @@ class FollowedRun:
     def before_batch(self, batch: Any, batch_idx: int, *, follow: bool) -> None:
         """Take down what the coming training step depends on, if it is followed."""
         self._kernels.close()
+        if self._following and not follow:
+            self.method.reset()  # the run is not followed any more
         follow = follow and not self._resting
         self._following, self._replay = follow, None
         self._optimizer.follow_schedulers([
@@ -205,7 +207,7 @@ class FollowedRun:
         self.method.advance(OptimizerStep(followed, raw, self._clip))
         self._optimizer.carry_derivative_buffers(transitions)
         self.steps += bool(transitions)
-        self._recorded = False
+        self._recorded, self._raw_grads = False, {}
 
     def end(self) -> None:
         """Let go of everything."""
