@@ -20,6 +20,7 @@ LAYERS = [
     "hyperparameters",
     "dynamics",
     "linearization",
+    "distributed",
     "hypergradient",
     "outer",
     "schedulers",
@@ -153,3 +154,13 @@ def test_package_imports_without_what_only_the_examples_need() -> None:
     )
     assert result.returncode == 0, result.stderr
     assert int(result.stdout.split()[-1]) == len(lightning_rtho.__all__)
+
+
+def test_torch_distributed_is_known_to_one_module_alone() -> None:
+    users = [
+        path
+        for path in MODULES
+        if "torch.distributed" in path.read_text()
+        or "import Tensor, distributed" in path.read_text()
+    ]
+    assert [_layer(path) for path in users] == ["distributed"]

@@ -137,7 +137,7 @@ class HypergradientCallback(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the hyperparameters and put the differentiable optimizer in place."""
-        check_modules(pl_module)
+        check_modules(trainer, pl_module)
         check_optimizers(trainer)
         inner = trainer.optimizers[0]
         self._tuned = select_hyperparameters(self._selection, pl_module, inner)
@@ -146,6 +146,7 @@ class HypergradientCallback(Callback):
                 hyper.data = hyper.data.to(pl_module.device)
         if self._resumed is not None:
             self._take_back_values(self._resumed)
+            self._take_back_random_state(trainer, self._resumed)
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         trainer.optimizers = [DifferentiableOptimizer(inner, schedulers)]
 
@@ -315,8 +316,12 @@ class HypergradientCallback(Callback):
             )
         for name, value in saved.items():
             tuned[name].assign(value)
-        if "run" in state:
-            write_random_state(state["run"]["random"])
+
+    def _take_back_random_state(self, trainer: Trainer, state: dict[str, Any]) -> None:
+        """Go on with the random numbers; a checkpoint holds those of one process."""
+        if "run" in state and trainer.world_size == 1:
+            self._random_state = state["run"]["random"]
+            write_random_state(self._random_state)
 
     def _take_back_run(self, state: dict[str, Any]) -> None:
         """Go on with the run where it stood."""
@@ -331,7 +336,6 @@ class HypergradientCallback(Callback):
         self._objective.load_state_dict(run["objective"])
         if self._descent is not None and run["descent"] is not None:
             self._descent.load_state_dict(run["descent"])
-        self._random_state = run["random"]
 
     # After training
 

@@ -4,7 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    SingleDeviceStrategy,
+    SingleDeviceXLAStrategy,
+)
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
@@ -39,10 +43,16 @@ def check_settings(trainer: Trainer, module: LightningModule) -> None:
             f"`{type(module).__name__}.backward` is overridden, so the gradient that the optimizer "
             "sees cannot be followed. Remove the override."
         )
-    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+    if type(trainer.strategy) not in (SingleDeviceStrategy, SingleDeviceXLAStrategy, DDPStrategy):
         raise MisconfigurationException(
-            f"`strategy` must keep training on one device, got {type(trainer.strategy).__name__}. "
-            "Use `Trainer(devices=1)`."
+            f"`strategy` must be that of one device or DDP, got {type(trainer.strategy).__name__}. "
+            "Use `Trainer(devices=1)` or `Trainer(strategy='ddp')`."
+        )
+    # Private: the strategy hands out its options in no other way.
+    if getattr(trainer.strategy, "_ddp_kwargs", {}).get("static_graph"):
+        raise MisconfigurationException(
+            "`static_graph=True` lets processes drift apart without a word where gradients are "
+            "computed twice. Use `DDPStrategy(static_graph=False)`."
         )
 
 
@@ -70,10 +80,11 @@ def refusals_explained() -> Iterator[None]:
         ) from error
 
 
-def check_modules(module: LightningModule) -> None:
+def check_modules(trainer: Trainer, module: LightningModule) -> None:
     """Check the layers of the module.
 
     Args:
+        trainer: The trainer.
         module: The module.
 
     Raises:
@@ -84,6 +95,11 @@ def check_modules(module: LightningModule) -> None:
             raise MisconfigurationException(
                 f"`{name}` has sparse gradients, which have no second derivative. Use "
                 f"`{type(layer).__name__}(..., sparse=False)`."
+            )
+        if trainer.world_size > 1 and isinstance(layer, _BatchNorm):
+            raise MisconfigurationException(
+                f"`{name}` is normalized by batch, which is not followed over several processes. "
+                "Use layer or group normalization, or `Trainer(devices=1)`."
             )
         averages = getattr(layer, "track_running_stats", False)
         if averages and not isinstance(layer, _BatchNorm):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -32,6 +33,9 @@ def isolated(trainer: Trainer, module: LightningModule, stage: RunningStage) -> 
     """
     with ExitStack() as stack:
         stack.enter_context(isolate_rng())
+        if isinstance(trainer.strategy, ParallelStrategy):
+            # No backward pass follows that the processes would have to wait for.
+            stack.enter_context(trainer.strategy.block_backward_sync())
         stack.enter_context(_silenced(trainer, module))
         stack.enter_context(_preserved(module))
         stack.enter_context(_in_stage(trainer, stage))

@@ -63,7 +63,8 @@ class ValidationObjective:
         self._trainer, self._module = trainer, module
         self._statistics = RunningStatistics(module)
         source = dataloader if dataloader is not None else _validation_loader(trainer)
-        self._stream = CyclingBatches(source, seed=torch.initial_seed() % 2**63)
+        seed = trainer.strategy.broadcast(torch.initial_seed() % 2**63)
+        self._stream = CyclingBatches(source, seed, trainer.global_rank, trainer.world_size)
         self._batches = batches
 
     def __call__(

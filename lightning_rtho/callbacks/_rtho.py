@@ -22,6 +22,9 @@ class RTHO(HypergradientCallback):
     m training states, flat in time; each of the m hyperparameter entries costs about two plain
     gradients a step. For few hyperparameters; for many see `TRHO`.
 
+    Over several processes (DDP) the tangents of the gradient are averaged every step, m numbers
+    for each weight, and the validation gradient every update.
+
     Args:
         hyperparameters: Names of hyperparameters that the module declares or of settings of its
             optimizer (``"lr"``, ``"weight_decay"``, ``"beta1"``), each with its natural domain; a

@@ -26,6 +26,9 @@ class TRHO(HypergradientCallback):
     the window counts as given. Time does not depend on the number of hyperparameters; memory
     grows with the window, as the tape tells. For many hyperparameters; for few see `RTHO`.
 
+    Over several processes (DDP) one product is averaged for each step of the window, one number
+    for each weight and hyperparameter entry, and the validation gradient every update.
+
     Args:
         hyperparameters: As `RTHO`.
         hyper_batch_size: Optimizer steps in a window, and between outer updates.

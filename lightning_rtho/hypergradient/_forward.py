@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_rtho._types import Hypers, StateTangent
+from lightning_rtho.distributed import is_distributed, mean_over_ranks
 from lightning_rtho.dynamics import Transition
 from lightning_rtho.hypergradient._base import (
     AbstractHypergradient,
@@ -34,6 +35,8 @@ class ForwardHypergradient(AbstractHypergradient):
 
     Z holds the derivative of weights and optimizer buffers by every hyperparameter entry. Memory
     is m times that of the training state, whatever the number of steps; time grows with m.
+    Processes that train together exchange m n numbers a step for n weights: Phi is nonlinear, so
+    the tangents of their gradients are averaged before it.
 
     Args:
         params: All parameters of the optimizer, each ``[*P]``.
@@ -156,9 +159,8 @@ class ForwardHypergradient(AbstractHypergradient):
         if not step.transitions:
             self._begin_step()
             return
-        found = edited(step, [self._grads[t.index] for t in step.transitions])
-        self._edited = found if self._edited is None else self._edited | found
-        grads_dot: Sequence[Tensor] = [self._grad_dot(t.index) for t in step.transitions]
+        self._look_for_edits(step)
+        grads_dot = self._grads_dot_of(step)
         if step.clip is not None:
             grads_dot = step.clip.jvp(step.raw_grads, grads_dot)
         for positions in cohorts(step.transitions):
@@ -172,6 +174,19 @@ class ForwardHypergradient(AbstractHypergradient):
             for transition, tangent in zip(transitions, new_tangents, strict=True):
                 self.tangents[transition.index] = tangent
         self._begin_step()
+
+    def _look_for_edits(self, step: OptimizerStep) -> None:
+        """Compare the optimizer's gradients with the losses'; among processes, at first alone."""
+        if is_distributed() and self._edited is not None:
+            return  # it would cost as much communication as another tangent
+        traced = [self._grads[transition.index] for transition in step.transitions]
+        found = edited(step, mean_over_ranks(traced, like=step.raw_grads))
+        self._edited = found if self._edited is None else self._edited | found
+
+    def _grads_dot_of(self, step: OptimizerStep) -> Sequence[Tensor]:
+        """Tangents of the step's raw gradients, each ``[m, *P]``."""
+        local = [self._grad_dot(transition.index) for transition in step.transitions]
+        return [mean for mean in mean_over_ranks(local, like=local) if mean is not None]
 
     def _state_dot(self, transition: Transition) -> StateTangent:
         """Tangent of a parameter's state, each tensor ``[m, ...]``."""

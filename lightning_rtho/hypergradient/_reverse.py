@@ -6,6 +6,7 @@ from typing import final
 from torch import Tensor
 
 from lightning_rtho._types import StateCotangent
+from lightning_rtho.distributed import is_distributed, mean_over_ranks
 from lightning_rtho.hypergradient._base import (
     AbstractHypergradient,
     GradientMismatchError,
@@ -27,6 +28,7 @@ class ReverseHypergradient(AbstractHypergradient):
 
     The window reaches back to the last call of :meth:`hypergradient` or :meth:`reset`. Time does
     not depend on the number of hyperparameters; memory grows with the window, as the tape tells.
+    Processes that train together exchange n + m numbers a step for n weights and m entries.
 
     Args:
         params: All parameters of the optimizer, each ``[*P]``.
@@ -40,6 +42,7 @@ class ReverseHypergradient(AbstractHypergradient):
     def __init__(self, params: Sequence[Tensor], hypers: Sequence[Tensor], tape: Tape) -> None:
         super().__init__(params, hypers)
         self.tape = tape
+        self._verified = False
         self.tape.clear()
 
     @property
@@ -108,6 +111,7 @@ class ReverseHypergradient(AbstractHypergradient):
             vectors[transition.index] = grad_bar
         total = self._flat([None] * len(self.hypers))
         traced: list[Tensor | None] = [None] * len(self.params)
+        pulled: list[Tensor | None] = [None] * len(self.params)
         for linearize in reversed(recorded.linearizations):
             linearization = linearize()
             product = linearization.product(
@@ -115,18 +119,27 @@ class ReverseHypergradient(AbstractHypergradient):
             )
             total += self._flat(product.hypers)
             traced = [add(*pair) for pair in zip(traced, linearization.gradients, strict=True)]
-            for alpha, part in zip(alphas, product.params, strict=True):
-                pulled = add(alpha.get("param"), part)
-                if pulled is not None:
-                    alpha["param"] = pulled
-        if transitions and bool(edited(recorded.step, [traced[t.index] for t in transitions])):
+            pulled = [add(*pair) for pair in zip(pulled, product.params, strict=True)]
+        for alpha, part in zip(alphas, mean_over_ranks(pulled, like=self.params), strict=True):
+            sum_ = add(alpha.get("param"), part)
+            if sum_ is not None:
+                alpha["param"] = sum_
+        if transitions and self._edited(recorded.step, [traced[t.index] for t in transitions]):
             raise GradientMismatchError(
                 "The gradient given to the optimizer is not the loss's: something between backward "
                 "and the optimizer's step changes gradients, or `training_step` does not compute "
                 "the same loss twice. Clip by `Trainer(gradient_clip_val=...)` and scale the loss "
                 "rather than its gradient."
             )
-        return total
+        (mean,) = mean_over_ranks([total], like=[total])
+        return total if mean is None else mean
+
+    def _edited(self, step: OptimizerStep, traced: Sequence[Tensor | None]) -> bool:
+        """Compare the optimizer's gradients with the losses'; among processes, at first alone."""
+        if is_distributed() and self._verified:
+            return False  # it would double the communication
+        self._verified = True
+        return bool(edited(step, mean_over_ranks(traced, like=step.raw_grads)))
 
     def reset(self) -> None:
         """See :meth:`AbstractHypergradient.reset`; empties the tape."""

@@ -67,7 +67,8 @@ class Number(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle the value."""
-        return Number, (self.as_subclass(Tensor).detach().clone(),)
+        # No copy: between processes the memory itself is handed over, and has to stay.
+        return Number, (self.as_subclass(Tensor).detach(),)
 
     def __format__(self, format_spec: str) -> str:
         """Format a scalar as the number it is."""
@@ -248,7 +249,7 @@ class Hyperparameter(Number):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle value and domain."""
-        return Hyperparameter, (self.plain.clone(), self.domain)
+        return Hyperparameter, (self.item() if self.dim() == 0 else self.plain, self.domain)
 
     def assign(self, value: Tensor) -> None:
         """Give it another natural value ``[*H]``."""

@@ -2,10 +2,17 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+)
 
 __all__ = ["CyclingBatches"]
 
@@ -18,7 +25,9 @@ class CyclingBatches:
 
     Args:
         source: A ``DataLoader``, or any iterable that can be iterated again.
-        seed: Seed of the order.
+        seed: Seed of the order; the same in all processes.
+        rank: Number of this process among those that share the data.
+        world_size: Number of those processes; each sees a disjoint part.
 
     Raises:
         ValueError: By :meth:`__next__`, if the source gives no batch.
@@ -29,9 +38,11 @@ class CyclingBatches:
         (tensor([0, 1, 2]), tensor([0, 1, 2]))
     """
 
-    def __init__(self, source: Iterable[Any], seed: int) -> None:
+    def __init__(
+        self, source: Iterable[Any], seed: int, rank: int = 0, world_size: int = 1
+    ) -> None:
         self._generator = torch.Generator().manual_seed(seed)
-        self._source = _own_loader(source, self._generator)
+        self._source = _own_loader(source, self._generator, rank, world_size)
         self._iterator: Iterator[Any] = iter(())
         self._order = self._generator.get_state()
         self._taken = 0
@@ -89,7 +100,23 @@ class CyclingBatches:
             next(self)
 
 
-def _own_loader(source: Iterable[Any], generator: torch.Generator) -> Iterable[Any]:
+class _Shard(Sampler[int]):
+    """Every n-th index of another sampler, as many in each process."""
+
+    def __init__(self, sampler: Sampler[int], length: int, rank: int, world_size: int) -> None:
+        self._sampler, self._rank, self._world_size = sampler, rank, world_size
+        self._length = length // world_size
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[int]:
+        return islice(islice(self._sampler, self._rank, None, self._world_size), self._length)
+
+
+def _own_loader(
+    source: Iterable[Any], generator: torch.Generator, rank: int, world_size: int
+) -> Iterable[Any]:
     """Make a loader over the same data, shuffled by `generator` where the order is free."""
     if not isinstance(source, DataLoader) or isinstance(source.dataset, IterableDataset):
         return source
@@ -105,9 +132,10 @@ def _own_loader(source: Iterable[Any], generator: torch.Generator) -> Iterable[A
             else {"batch_size": None, "sampler": source.sampler}
         )
     else:
+        shuffled = RandomSampler(source.dataset, generator=generator)  # type: ignore[arg-type]
         order = {
             "batch_size": source.batch_size,
             "drop_last": source.drop_last,
-            "sampler": RandomSampler(source.dataset, generator=generator),  # type: ignore[arg-type]
+            "sampler": _Shard(shuffled, len(source.sampler), rank, world_size),
         }
     return DataLoader(source.dataset, collate_fn=source.collate_fn, generator=generator, **order)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lightning_rtho.distributed import mean_over_ranks
 from lightning_rtho.hypergradient import OuterGradient
 
 __all__ = ["outer_gradient"]
@@ -17,6 +18,8 @@ def outer_gradient(
     statistics: Sequence[Tensor] = (),
 ) -> OuterGradient:
     """Evaluate the mean of validation losses and its derivatives by weights and hyperparameters.
+
+    Processes that train together average over their batches.
 
     Args:
         losses: One function a batch that returns its loss ``[]``; one graph is held at a time.
@@ -54,6 +57,9 @@ def outer_gradient(
                 totals[i] = part if known is None else known + part
         value = value.to(loss) + loss.detach() / len(losses)
     first_statistic = len(params) + len(hypers)
+    totals[:first_statistic] = mean_over_ranks(totals[:first_statistic], [*params, *hypers])
+    (mean,) = mean_over_ranks([value], like=[value])
+    value = value if mean is None else mean
     return OuterGradient(
         value,
         totals[: len(params)],

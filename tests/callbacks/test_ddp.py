@@ -1,0 +1,149 @@
+"""Two processes equal one with the same global batch, and hold the same values to the bit."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn, optim
+from torch.utils.data import DataLoader, DistributedSampler
+
+from lightning_rtho import RTHO, TRHO, Hyperparameter, KeepGraph, Offload, Positive
+from tests.callbacks.problems import FEATURES, SmallNet, fit, loader
+
+METHODS = {
+    "forward": lambda: RTHO(hyper_batch_size=3),
+    "recompute": lambda: TRHO(hyper_batch_size=3),
+    "keep graph": lambda: TRHO(hyper_batch_size=3, tape=KeepGraph()),
+    "offload": lambda: TRHO(hyper_batch_size=3, tape=Offload("cpu")),
+}
+
+
+class Shared(SmallNet):
+    """Adam, with a rate, a decay and an L2 coefficient to tune; data of its own."""
+
+    def __init__(self, batch_size: int, unused: bool = False) -> None:
+        super().__init__(
+            optim.Adam,
+            lr=Hyperparameter(0.01, Positive()),
+            eps=1e-3,
+            weight_decay=Hyperparameter(0.1, Positive()),
+            l2=Hyperparameter(0.01, Positive()),
+        )
+        self.batch_size = batch_size
+        if unused:
+            self.net.unused = nn.Linear(2, 2)
+            self.unused = True
+
+    def setup(self, stage):
+        torch.set_default_dtype(torch.float64)  # also in a process that has just begun
+
+    def training_step(self, batch, batch_idx):
+        if not hasattr(self, "unused"):
+            return super().training_step(batch, batch_idx)
+        x, y = batch
+        used = self.net[:3]
+        return (used(x) - y).square().mean() + self.l2 * sum(
+            p.square().sum() for p in used.parameters()
+        )
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        return (self.net[:3](x) - y).square().mean()
+
+    def train_dataloader(self):
+        data = loader(24, seed=1, batch_size=self.batch_size).dataset
+        world_size, rank = self.trainer.world_size, self.trainer.global_rank
+        order = DistributedSampler(data, world_size, rank, shuffle=False)
+        return DataLoader(data, batch_size=self.batch_size, sampler=order)
+
+    def val_dataloader(self):
+        return loader(8, seed=2, batch_size=2 * self.batch_size)
+
+
+class Report(L.Callback):
+    """Writes what a process holds at the end of the fit."""
+
+    def __init__(self, callback: Any, path: Path) -> None:
+        self.callback, self.path = callback, path
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        held = {
+            "weights": [p.detach().clone() for p in pl_module.parameters()],
+            "values": [u.values for u in self.callback.schedule],
+            "hypergradients": [u.hypergradients for u in self.callback.schedule],
+            "objectives": [u.outer_objective for u in self.callback.schedule],
+        }
+        torch.save(held, self.path / f"{trainer.global_rank}.pt")
+
+
+def run(
+    method: str, path: Path, processes: int, strategy: Any, unused: bool = False, **settings: Any
+) -> list[Any]:
+    path.mkdir()
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    callback = METHODS[method]()
+    L.seed_everything(7, verbose=False)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=processes,
+        strategy=strategy,
+        max_steps=6,
+        max_epochs=-1,
+        callbacks=[callback, Report(callback, path)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        check_val_every_n_epoch=1000,
+        use_distributed_sampler=False,
+        **settings,
+    )
+    trainer.fit(Shared(4 // processes, unused))
+    return [torch.load(path / f"{rank}.pt") for rank in range(processes)]
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "unused", "settings"),
+    [
+        ("forward", {}, False, {"gradient_clip_val": 0.5, "accumulate_grad_batches": 2}),
+        ("forward", {"gradient_as_bucket_view": True}, False, {}),
+        ("forward", {"find_unused_parameters": True}, True, {}),
+        ("recompute", {}, False, {"gradient_clip_val": 0.5, "accumulate_grad_batches": 2}),
+        ("keep graph", {}, False, {}),
+        ("offload", {"find_unused_parameters": True}, True, {}),
+    ],
+    ids=str,
+)
+def test_two_processes_equal_one(method, options, unused, settings, tmp_path):
+    (one,) = run(method, tmp_path / "one", 1, "auto", unused, **settings)
+    strategy = DDPStrategy(start_method="spawn", process_group_backend="gloo", **options)
+    two = run(method, tmp_path / "two", 2, strategy, unused, **settings)
+    for rank in two:
+        # Sums over the batch are taken in another order.
+        torch.testing.assert_close(rank, one, rtol=1e-12, atol=1e-14)
+    for kind in ("values", "hypergradients"):
+        for update, other in zip(two[0][kind], two[1][kind], strict=True):
+            assert all(torch.equal(update[name], other[name]) for name in update)
+    assert len(one["values"]) == 2
+
+
+def test_static_graph_is_refused():
+    strategy = DDPStrategy(static_graph=True, process_group_backend="gloo")
+    with pytest.raises(MisconfigurationException, match="`static_graph=True`"):
+        fit(SmallNet(lr=0.1), RTHO(["lr"]), strategy=strategy)
+
+
+def test_batch_norm_over_several_processes_is_refused(tmp_path):
+    from types import SimpleNamespace
+
+    from lightning_rtho.callbacks._checks import check_modules
+
+    module = SmallNet(body=lambda: nn.Sequential(nn.Linear(FEATURES, 4), nn.BatchNorm1d(4)))
+    with pytest.raises(MisconfigurationException, match=r"`net.1` is normalized by batch"):
+        check_modules(SimpleNamespace(world_size=2), module)
