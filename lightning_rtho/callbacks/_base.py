@@ -332,7 +332,7 @@ class HypergradientCallback(Callback):
         assert self._objective is not None
         run = state["run"]
         self._run.steps, self._next_update = run["steps"], run["next_update"]
-        self._run.method.load_state_dict(run["method"])
+        self._run.method.load_state_dict(run["method"], self._run.recollection())
         self._objective.load_state_dict(run["objective"])
         if self._descent is not None and run["descent"] is not None:
             self._descent.load_state_dict(run["descent"])

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities import move_data_to_device
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
@@ -61,6 +62,15 @@ class _Progress:
             steps.completed, epochs.completed = present
 
 
+def _is_plain(tree: Any) -> bool:
+    """Whether a batch can be read back from a file without running foreign code."""
+    if type(tree) in (list, tuple):
+        return all(_is_plain(item) for item in tree)
+    if type(tree) is dict:
+        return all(_is_plain(item) for pair in tree.items() for item in pair)
+    return type(tree) in (Tensor, int, float, str, bool, type(None))
+
+
 class TrainingStepReplay:
     """What a ``training_step`` depended on, apart from the weights, so that it can run again.
 
@@ -93,6 +103,50 @@ class TrainingStepReplay:
             (namespace, name): (buffer._version, buffer.clone())
             for namespace, name, buffer in _buffers(module)
         }
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Return what the step depended on; None if its batch is of no plain kind."""
+        if not _is_plain(self._args):
+            return None
+        return {
+            "args": self._args,
+            "scale": self._scale,
+            "accumulated": self._accumulated,
+            "random_state": self._random_state,
+            "progress": [self._progress.global_step, self._progress.epoch],
+            "buffers": [[*name, buffer] for name, (_, buffer) in self._buffers.items()],
+        }
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        trainer: Trainer,
+        module: LightningModule,
+        statistics: RunningStatistics,
+        state: dict[str, Any],
+    ) -> "TrainingStepReplay":
+        """Make the replay of a step of another run.
+
+        Args:
+            trainer: The trainer.
+            module: The module.
+            statistics: The running statistics of the module.
+            state: What :meth:`state_dict` returned.
+
+        Returns:
+            The replay.
+        """
+        replay = cls.__new__(cls)
+        replay._trainer, replay._module, replay._statistics = trainer, module, statistics
+        replay._args = move_data_to_device(state["args"], trainer.strategy.root_device)
+        replay._scale, replay._accumulated = state["scale"], state["accumulated"]
+        replay._random_state = state["random_state"]
+        replay._progress = _Progress(trainer, *state["progress"])
+        replay._buffers = {
+            (namespace, name): (-1, buffer.to(trainer.strategy.root_device))
+            for namespace, name, buffer in state["buffers"]
+        }
+        return replay
 
     def keep_changed_buffers(self) -> None:
         """Let go of the buffers that the step, which has now run, did not write to."""

@@ -17,7 +17,7 @@ from lightning_rtho.callbacks._kernels import (
     warn_of_eager_steps,
 )
 from lightning_rtho.callbacks._replay import TrainingStepReplay, loss_scale
-from lightning_rtho.hypergradient import AbstractHypergradient, OptimizerStep
+from lightning_rtho.hypergradient import AbstractHypergradient, OptimizerStep, Recollection
 from lightning_rtho.hyperparameters import Hyperparameter
 from lightning_rtho.linearization import (
     ClipByNorm,
@@ -208,6 +208,16 @@ class FollowedRun:
         self._optimizer.carry_derivative_buffers(transitions)
         self.steps += bool(transitions)
         self._recorded, self._raw_grads = False, {}
+
+    def recollection(self) -> Recollection:
+        """Return what this run knows of the steps that a checkpoint holds."""
+        return Recollection(
+            self._optimizer.rule_class,
+            self._clip,
+            partial(
+                TrainingStepReplay.from_state_dict, self._trainer, self._module, self._statistics
+            ),
+        )
 
     def end(self) -> None:
         """Let go of everything."""

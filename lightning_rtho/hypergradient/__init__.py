@@ -5,6 +5,7 @@ from lightning_rtho.hypergradient._base import (
     GradientMismatchError,
     OptimizerStep,
     OuterGradient,
+    Recollection,
 )
 from lightning_rtho.hypergradient._forward import ForwardHypergradient
 from lightning_rtho.hypergradient._reverse import ReverseHypergradient
@@ -18,6 +19,7 @@ __all__ = [
     "Offload",
     "OptimizerStep",
     "OuterGradient",
+    "Recollection",
     "Recompute",
     "ReverseHypergradient",
     "Tape",

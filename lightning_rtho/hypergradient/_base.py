@@ -3,12 +3,12 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lightning_rtho.dynamics import Transition
+from lightning_rtho.dynamics import Transition, UpdateRule
 from lightning_rtho.linearization import GradientClip, TracedLoss
 
 __all__ = [
@@ -16,13 +16,36 @@ __all__ = [
     "GradientMismatchError",
     "OptimizerStep",
     "OuterGradient",
+    "Recollection",
     "Replay",
     "add",
     "edited",
 ]
 
-Replay = Callable[[], TracedLoss]
-"""Computes the loss of a micro-batch again, at the weights that stand in the parameters now."""
+
+class Replay(Protocol):
+    """Computes the loss of a micro-batch again, at the weights that stand in the parameters now."""
+
+    def __call__(self) -> TracedLoss:
+        """Compute the loss."""
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Return what the loss depends on, in plain values; None if that cannot be had."""
+
+
+@dataclass(frozen=True)
+class Recollection:
+    """What is not in a checkpoint but in the resumed run, to read a window of steps by.
+
+    Attributes:
+        rule_class: Update rule of the optimizer.
+        clip: The clipping.
+        make_replay: Makes a replay of what its ``state_dict`` returned.
+    """
+
+    rule_class: type[UpdateRule]
+    clip: GradientClip | None
+    make_replay: Callable[[dict[str, Any]], Replay]
 
 
 class GradientMismatchError(RuntimeError):
@@ -139,17 +162,18 @@ class AbstractHypergradient(ABC):
     def reset(self) -> None:
         """Forget the run so far: the present state no longer depends on the hyperparameters."""
 
+    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Return what is known of the run so far, in tensors, numbers, lists and dicts."""
-        return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any], recollection: Recollection) -> None:
         """Go on from where another one of the same kind stood.
 
         Args:
             state: What :meth:`state_dict` returned.
+            recollection: What belongs to the state but is not in it.
         """
-        self.reset()
 
     def _flat(self, parts: Sequence[Tensor | None]) -> Tensor:
         """Join one tensor a hyperparameter, each ``[*H]`` or None, to ``[m]``, float64."""

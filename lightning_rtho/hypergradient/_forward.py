@@ -14,6 +14,7 @@ from lightning_rtho.hypergradient._base import (
     GradientMismatchError,
     OptimizerStep,
     OuterGradient,
+    Recollection,
     Replay,
     add,
     edited,
@@ -79,7 +80,7 @@ class ForwardHypergradient(AbstractHypergradient):
         """See :meth:`AbstractHypergradient.state_dict`; Z."""
         return {"tangents": self.tangents, "statistic_tangents": self.statistic_tangents}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], recollection: Recollection) -> None:
         """See :meth:`AbstractHypergradient.load_state_dict`."""
         self.reset()
         self.tangents = [

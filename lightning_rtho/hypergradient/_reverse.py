@@ -1,7 +1,7 @@
 """Reverse-HG over a window: a cotangent of the training state, pulled back through its steps."""
 
 from collections.abc import Sequence
-from typing import final
+from typing import Any, final
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from lightning_rtho.hypergradient._base import (
     GradientMismatchError,
     OptimizerStep,
     OuterGradient,
+    Recollection,
     Replay,
     add,
     edited,
@@ -140,6 +141,15 @@ class ReverseHypergradient(AbstractHypergradient):
             return False  # it would double the communication
         self._verified = True
         return bool(edited(step, mean_over_ranks(traced, like=step.raw_grads)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """See :meth:`AbstractHypergradient.state_dict`; the steps of the window so far."""
+        return {"window": self.tape.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any], recollection: Recollection) -> None:
+        """See :meth:`AbstractHypergradient.load_state_dict`."""
+        self.reset()
+        self.tape.load_state_dict(state["window"], recollection)
 
     def reset(self) -> None:
         """See :meth:`AbstractHypergradient.reset`; empties the tape."""

@@ -6,13 +6,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
 
 from lightning_rtho.dynamics import Transition
-from lightning_rtho.hypergradient._base import GradientMismatchError, OptimizerStep, Replay
+from lightning_rtho.hypergradient._base import (
+    GradientMismatchError,
+    OptimizerStep,
+    Recollection,
+    Replay,
+)
 from lightning_rtho.linearization import Linearization, TracedLoss
 
 __all__ = ["KeepGraph", "Offload", "Recompute", "RecordedStep", "Tape"]
@@ -88,6 +93,21 @@ class Tape(ABC):
     def clear(self) -> None:
         """Forget all steps and let go of what was held."""
 
+    @abstractmethod
+    def state_dict(self) -> list[dict[str, Any]] | None:
+        """Return the steps so far, in plain values; None if they cannot be had."""
+
+    @abstractmethod
+    def load_state_dict(
+        self, state: list[dict[str, Any]] | None, recollection: Recollection
+    ) -> None:
+        """Take in the steps of another tape.
+
+        Args:
+            state: What :meth:`state_dict` returned; None leaves the window empty.
+            recollection: What belongs to the state but is not in it.
+        """
+
 
 class _ReplayTape(Tape):
     """Keeps weights and optimizer state of each step and computes the losses again."""
@@ -148,6 +168,39 @@ class _ReplayTape(Tape):
     def clear(self) -> None:
         """See :meth:`Tape.clear`."""
         self._losses, self._steps = [], []
+
+    def state_dict(self) -> list[dict[str, Any]] | None:
+        """See :meth:`Tape.state_dict`."""
+        steps = []
+        for step, weights, losses in self._steps:
+            replays = [replay.state_dict() for replay in losses]
+            if any(replay is None for replay in replays):
+                return None
+            transitions = [_transition_state(transition) for transition in step.transitions]
+            steps.append({
+                "transitions": transitions,
+                "raw_grads": None if step.clip is None else list(step.raw_grads),
+                "weights": weights,
+                "losses": replays,
+            })
+        return steps
+
+    def load_state_dict(
+        self, state: list[dict[str, Any]] | None, recollection: Recollection
+    ) -> None:
+        """See :meth:`Tape.load_state_dict`."""
+        for saved in state or []:
+            transitions = [
+                Transition(rule=recollection.rule_class(**options), **arguments)
+                for options, arguments in saved["transitions"]
+            ]
+            raw_grads = saved["raw_grads"]
+            clip = None if raw_grads is None else recollection.clip
+            raw_grads = [t.grad for t in transitions] if raw_grads is None else raw_grads
+            step = _copy_step(OptimizerStep(transitions, raw_grads, clip), self._store)
+            weights = [self._store(weight) for weight in saved["weights"]]
+            losses = [recollection.make_replay(loss) for loss in saved["losses"]]
+            self._steps.append((step, weights, losses))
 
 
 @final
@@ -251,9 +304,24 @@ class KeepGraph(Tape):
         self._mutation.close()
         self._open = False
 
+    def state_dict(self) -> None:
+        """See :meth:`Tape.state_dict`; a graph can be kept in memory alone."""
+
+    def load_state_dict(
+        self, state: list[dict[str, Any]] | None, recollection: Recollection
+    ) -> None:
+        """See :meth:`Tape.load_state_dict`; the window begins anew."""
+
 
 def _identity(linearization: Linearization) -> Linearization:
     return linearization
+
+
+def _transition_state(transition: Transition) -> list[dict[str, Any]]:
+    """Return the options of a transition's rule, and its other arguments."""
+    names = ("index", "state", "grad", "hyper", "columns", "slopes")
+    arguments = {name: getattr(transition, name) for name in names}
+    return [dataclasses.asdict(transition.rule), arguments]
 
 
 def _copy_step(step: OptimizerStep, copy: Callable[[Tensor], Tensor]) -> OptimizerStep:

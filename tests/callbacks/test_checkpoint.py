@@ -2,15 +2,17 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn, optim
+from torch.utils.data import DataLoader
 
-from lightning_rtho import RTHO, TRHO, Hyperparameter, Positive
+from lightning_rtho import RTHO, TRHO, Hyperparameter, KeepGraph, Offload, Positive
 from tests.callbacks.problems import FEATURES, TRAIN_SIZE, SmallNet, fit, loader
 
 STEPS = 13
@@ -92,29 +94,66 @@ def final(module: SmallNet, trainer: L.Trainer, callback: Any) -> dict[str, Any]
     return tensors
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("interrupted_at", [3, 5, 7, 10])
-def test_rest_of_the_run_is_bitwise_the_uninterrupted_one(interrupted_at, accumulate, tmp_path):
-    settings = {"accumulate_grad_batches": accumulate}
-    callback = RTHO(hyper_batch_size=3)
-    expected = final(*run(callback, tmp_path / "whole", **settings), callback)
-    assert len(callback.schedule) == 4
-    file = tmp_path / "whole" / f"step={interrupted_at}.ckpt"
+METHODS = {
+    "rtho": lambda: RTHO(hyper_batch_size=3),
+    "recompute": lambda: TRHO(hyper_batch_size=3),
+    "offload": lambda: TRHO(hyper_batch_size=3, tape=Offload("cpu")),
+    "keep graph": lambda: TRHO(hyper_batch_size=3, tape=KeepGraph()),
+}
+
+
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory):
+    """Uninterrupted runs with a checkpoint after each step, each made once."""
+    made: dict[tuple[str, int], tuple[dict[str, Any], Path]] = {}
+
+    def get(method: str, accumulate: int) -> tuple[dict[str, Any], Path]:
+        if (method, accumulate) not in made:
+            path = tmp_path_factory.mktemp("whole")
+            callback = METHODS[method]()
+            result = final(*run(callback, path, accumulate_grad_batches=accumulate), callback)
+            assert len(callback.schedule) == 4
+            made[method, accumulate] = result, path
+        return made[method, accumulate]
+
+    return get
+
+
+@pytest.mark.parametrize(
+    ("method", "accumulate", "interrupted_at"),
+    [
+        *(("rtho", accumulate, step) for accumulate in (1, 2) for step in (3, 5, 7)),
+        *(("recompute", accumulate, step) for accumulate in (1, 2) for step in (5, 6, 7)),
+        ("offload", 1, 7),
+        ("keep graph", 1, 6),  # a graph lives in memory alone: resumed where a window ends
+    ],
+)
+def test_rest_of_the_run_is_bitwise_the_uninterrupted_one(
+    method, accumulate, interrupted_at, whole_runs, tmp_path
+):
+    expected, path = whole_runs(method, accumulate)
+    file = path / f"step={interrupted_at}.ckpt"
     torch.load(file, weights_only=True)
-    resumed = RTHO(hyper_batch_size=3)
-    settings |= {"ckpt_path": file, "seed": 99}
-    found = final(*run(resumed, tmp_path / "rest", **settings), resumed)
+    resumed = METHODS[method]()
+    settings = {"accumulate_grad_batches": accumulate, "ckpt_path": file, "seed": 99}
+    found = final(*run(resumed, tmp_path, **settings), resumed)
     assert found.keys() == expected.keys()
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
 
 
-def test_reverse_mode_resumes_at_the_end_of_a_window(tmp_path):
-    callback = TRHO(hyper_batch_size=3)
-    expected = final(*run(callback, tmp_path / "whole"), callback)
-    resumed = TRHO(hyper_batch_size=3)
-    file = tmp_path / "whole" / "step=6.ckpt"
-    found = final(*run(resumed, tmp_path / "rest", ckpt_path=file, seed=99), resumed)
-    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+def test_window_of_batches_that_no_file_can_hold_begins_anew(tmp_path):
+    class Batch(NamedTuple):
+        x: Tensor
+        y: Tensor
+
+    callback = TRHO(["lr"], hyper_batch_size=4)
+    data = [Batch(*batch) for batch in loader(TRAIN_SIZE, seed=1, batch_size=4)]
+    checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+    settings = {"train": DataLoader(data, batch_size=None), "enable_checkpointing": True}
+    fit(SmallNet(lr=0.1), callback, checkpoint, steps=2, **settings)
+    state = torch.load(tmp_path / "step=2.ckpt", weights_only=True)["callbacks"]
+    (window,) = [s["run"]["method"]["window"] for k, s in state.items() if "TRHO" in k]
+    assert window is None
 
 
 def test_without_the_callback_the_tuned_rate_is_kept(tmp_path):
@@ -134,8 +173,6 @@ def test_checkpoint_of_a_run_without_the_callback_resumes_with_it(tmp_path):
 
 def test_checkpoint_of_other_hyperparameters_is_refused(tmp_path):
     run(RTHO(["settings.lr"], hyper_batch_size=3), tmp_path)
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
     with pytest.raises(MisconfigurationException, match="written with the hyperparameters"):
         run(RTHO(hyper_batch_size=3), tmp_path / "rest", ckpt_path=tmp_path / "step=7.ckpt")
 
