@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_rtho._types import State
+from lightning_rtho._types import Hypers, State
 from lightning_rtho.dynamics import (
     Transition,
     UpdateRule,
@@ -174,15 +174,25 @@ class DifferentiableOptimizer(Optimizer):
             }
             rule = self.rule_class.from_group(group, tuned)
             slopes = self._slopes(number)
+            hypers: dict[torch.device, Hypers] = {}
             for index, param in enumerate(group["params"], start=first):
-                if param.grad is not None:
-                    hyper = read_hypers(self.rule_class, group, param.device)
-                    state = read_state(self.rule_class, self.optimizer, param)
-                    state = {**self._derivative_buffers.get(param, {}), **state}
-                    cohort = _cohort(number, state)
-                    found.append(
-                        Transition(index, rule, state, param.grad, hyper, tuned, slopes, cohort)
+                if param.grad is None:
+                    continue
+                if param.device not in hypers:
+                    hypers[param.device] = read_hypers(self.rule_class, group, param.device)
+                state = read_state(self.rule_class, self.optimizer, param)
+                found.append(
+                    Transition(
+                        index,
+                        rule,
+                        {**self._derivative_buffers.get(param, {}), **state},
+                        param.grad,
+                        hypers[param.device],
+                        tuned,
+                        slopes,
+                        _cohort(number, state, self.state.get(param, {}).get("step")),
                     )
+                )
             first += len(group["params"])
         return found
 
@@ -322,9 +332,8 @@ def _find_sites(optimizer: Optimizer, rule_class: type[UpdateRule]) -> list[_Sit
     return sites
 
 
-def _cohort(group: int, state: State) -> tuple[int, float] | None:
+def _cohort(group: int, state: State, step: Tensor | None) -> tuple[int, float] | None:
     """Tell which parameters are at the same step, where that costs no synchronisation."""
-    step = state.get("step")
     if any(value.dim() < state["param"].dim() for name, value in state.items() if name != "step"):
         return None  # other scalar buffers may hold other histories
     if step is None:
