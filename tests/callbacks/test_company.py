@@ -5,13 +5,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     EarlyStopping,
-    EMAWeightAveraging,
     GradientAccumulationScheduler,
     StochasticWeightAveraging,
-    WeightAveraging,
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, optim
@@ -26,11 +25,13 @@ METHODS = {
     "keep graph": lambda **kw: TRHO(["lr"], tape=KeepGraph(), **kw),
 }
 COMPANY: dict[str, Any] = {
-    "weight averaging": WeightAveraging,
-    "exponential averaging": EMAWeightAveraging,
     "accumulation scheduler": lambda: GradientAccumulationScheduler({0: 1, 1: 2}),
     "early stopping": lambda: EarlyStopping("train_loss", patience=100),
 }
+
+for _name in ("WeightAveraging", "EMAWeightAveraging"):  # since Lightning 2.6
+    if hasattr(callbacks, _name):
+        COMPANY[_name] = getattr(callbacks, _name)
 
 
 def observed(make: Any, *others: Any, module: Any = None, **settings: Any) -> Any:
