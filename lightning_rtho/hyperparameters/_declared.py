@@ -13,8 +13,9 @@ __all__ = ["declared_hyperparameters"]
 def declared_hyperparameters(module: nn.Module) -> dict[str, Hyperparameter]:
     """Find every `Hyperparameter` that the module or a submodule holds as an attribute.
 
-    Lists, tuples and dicts of hyperparameters are entered. One that stands in several places is
-    named after the first.
+    Lists, tuples and dicts of hyperparameters are entered, unless their name begins with an
+    underscore, as that of Lightning's copy of the constructor's arguments does. One that stands
+    in several places is named after the first.
 
     Args:
         module: The module.
@@ -31,7 +32,12 @@ def declared_hyperparameters(module: nn.Module) -> dict[str, Hyperparameter]:
     """
     found: dict[str, Hyperparameter] = {}
     for prefix, submodule in module.named_modules():
-        for name, hyperparameter in _walk(vars(submodule), prefix):
+        attributes = {
+            name: value
+            for name, value in vars(submodule).items()
+            if isinstance(value, Hyperparameter) or not name.startswith("_")
+        }
+        for name, hyperparameter in _walk(attributes, prefix):
             if not any(hyperparameter is known for known in found.values()):
                 found[name] = hyperparameter
     return found

@@ -215,3 +215,48 @@ def test_other_trainer_verbs_ignore_the_callback():
 def test_run_too_short_for_an_update_says_so():
     with pytest.warns(UserWarning, match="RTHO made no update in 3 followed steps"):
         fit(SmallNet(lr=0.1), RTHO(["lr"], hyper_batch_size=10), steps=3)
+
+
+class LogsThem(SmallNet):
+    """Takes one as an argument, keeps a record of its arguments, logs them everywhere."""
+
+    def __init__(self, rate: Any) -> None:
+        super().__init__(optim.SGD)
+        self.save_hyperparameters()
+        self.rate = rate
+        self.l2 = Hyperparameter(0.01, Positive())
+
+    def training_step(self, batch, batch_idx):
+        self.log("rate", self.rate, prog_bar=True)
+        self.log("double", self.l2 * 2, on_epoch=True)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("l2", self.l2)
+        return super().validation_step(batch, batch_idx)
+
+    def configure_optimizers(self):
+        return optim.SGD(self.parameters(), lr=self.rate)
+
+
+@pytest.mark.parametrize("callbacks", [[], [RTHO(hyper_batch_size=4)]], ids=["without", "with"])
+def test_hyperparameters_may_be_arguments_and_be_logged(callbacks, tmp_path):
+    module = LogsThem(Hyperparameter(0.2, Positive()))
+    checkpoint = ModelCheckpoint(tmp_path)
+    trainer = fit(
+        module,
+        *callbacks,
+        checkpoint,
+        steps=12,
+        logger=CSVLogger(tmp_path),
+        enable_checkpointing=True,
+        check_val_every_n_epoch=1,
+        log_every_n_steps=1,
+    )
+    metrics = trainer.callback_metrics
+    assert metrics["rate"] == pytest.approx(module.rate.item(), rel=0.1)
+    assert metrics["double"] == pytest.approx(2 * metrics["l2"].item(), rel=0.1)
+    if callbacks:
+        assert set(callbacks[0].hyperparameters) == {"rate", "l2"}
+    loaded = LogsThem.load_from_checkpoint(checkpoint.best_model_path)
+    assert loaded.rate.domain == Positive()

@@ -59,3 +59,10 @@ def test_parameters_buffers_and_plain_tensors_are_none() -> None:
     module.register_buffer("buffer", module.weight.detach().clone())
     module.plain = module.weight.detach().clone()
     assert declared_hyperparameters(module) == {}
+
+
+def test_private_containers_are_not_entered() -> None:
+    module = nn.Linear(1, 1)
+    module._record = {"lr": Hyperparameter(1.0, Real())}
+    module._rate = Hyperparameter(1.0, Real())
+    assert list(declared_hyperparameters(module)) == ["_rate"]
