@@ -19,7 +19,7 @@ from tests.callbacks.problems import (
     validation_loss,
 )
 
-STEPS = 5
+STEPS = 7  # RAdam rectifies from its sixth step on
 ADAM = {"lr": 0.02, "beta1": 0.8, "beta2": 0.9, "eps": 1e-3, "weight_decay": 0.1}
 
 # Every optimizer with all of its real-valued settings at values where each of them matters.
@@ -226,3 +226,24 @@ def test_named_settings_of_several_groups_are_exact():
     assert found["weight_decay/pg1"] + found["weight_decay/pg2"] == pytest.approx(
         expected, rel=1e-6
     )
+
+
+@pytest.mark.parametrize("optimizer", [optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam])
+@pytest.mark.parametrize("name", ["lr", "beta1", "beta2"])
+def test_one_setting_alone_beside_an_input_that_is_always_zero(optimizer, name):
+    # Without a penalty the weights of that input have no gradient at all; eps is torch's 1e-8.
+    values = {"lr": 0.02, "beta1": 0.8, "beta2": 0.9}
+
+    def loss_at(value: float) -> float:
+        module = SmallNet(optimizer, l2=0.0, **{**values, name: value})
+        fit(module, steps=STEPS)
+        return validation_loss(module)
+
+    expected = finite_difference(values[name], loss_at)
+    for method, callback in observers().items():
+        callback._selection = {name: Real()}
+        found = measured(callback, SmallNet(optimizer, l2=0.0, **values), steps=STEPS)
+        assert found.keys() == {name}
+        # The difference errs by 1e-11 of the loss, the hypergradients are 1e-3 and more.
+        assert abs(found[name]) > 1e-3
+        assert found[name] == pytest.approx(expected, rel=1e-6), method
