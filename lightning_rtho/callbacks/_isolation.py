@@ -1,6 +1,7 @@
 """Running the user's code without leaving a trace in the training run."""
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from lightning_rtho.hyperparameters import Hyperparameter
 
@@ -79,7 +81,8 @@ def _preserved(module: nn.Module) -> Iterator[None]:
 
     Tensors that need no gradient (buffers, metric states) are replaced by copies meanwhile:
     they may be inference tensors, which nothing may write to outside of Lightning's validation.
-    Lists, dicts and sets get their contents back.
+    Lists, dicts and sets get their contents back. Of attributes that are neither buffers nor
+    metric states only small ones are copied: a module may hold its whole data set.
     """
     namespaces = [vars(submodule) for submodule in module.modules()]
     namespaces += [submodule._buffers for submodule in module.modules()]
@@ -87,11 +90,14 @@ def _preserved(module: nn.Module) -> Iterator[None]:
     contents = [
         (value, copy.copy(value))
         for namespace in saved
-        for value in namespace.values()
-        if isinstance(value, (list, dict, set)) and not any(value is n for n in namespaces)
+        for name, value in namespace.items()
+        if isinstance(value, (list, dict, set)) and name not in _MODULE_ATTRIBUTES
     ]
+    attributes = {id(vars(m)) for m in module.modules() if not isinstance(m, Metric)}
     for namespace in namespaces:
-        namespace.update({k: v.clone() for k, v in namespace.items() if _is_state(v)})
+        largest = _SMALL if id(namespace) in attributes else math.inf
+        copies = {k: v.clone() for k, v in namespace.items() if _is_state(v, largest)}
+        namespace.update(copies)
     try:
         yield
     finally:
@@ -103,9 +109,17 @@ def _preserved(module: nn.Module) -> Iterator[None]:
             container.extend(content) if isinstance(container, list) else container.update(content)
 
 
-def _is_state(value: Any) -> bool:
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+"""What every module has: parameters, submodules and hooks, which no step changes."""
+
+_SMALL = 2**20
+"""Entries up to which a plain tensor attribute is taken for state rather than data."""
+
+
+def _is_state(value: Any, largest: float) -> bool:
     return (
         isinstance(value, Tensor)
         and not isinstance(value, Hyperparameter)
         and not value.requires_grad
+        and value.numel() <= largest
     )
