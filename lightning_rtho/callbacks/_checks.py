@@ -4,11 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    SingleDeviceStrategy,
-    SingleDeviceXLAStrategy,
-)
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
@@ -43,7 +39,7 @@ def check_settings(trainer: Trainer, module: LightningModule) -> None:
             f"`{type(module).__name__}.backward` is overridden, so the gradient that the optimizer "
             "sees cannot be followed. Remove the override."
         )
-    if type(trainer.strategy) not in (SingleDeviceStrategy, SingleDeviceXLAStrategy, DDPStrategy):
+    if type(trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy):
         raise MisconfigurationException(
             f"`strategy` must be that of one device or DDP, got {type(trainer.strategy).__name__}. "
             "Use `Trainer(devices=1)` or `Trainer(strategy='ddp')`."

@@ -39,6 +39,11 @@ def _buffers(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
             yield namespace, name, buffer
 
 
+def _version(buffer: Tensor) -> int | None:
+    """Count of the writes to a buffer; None where torch does not count them."""
+    return None if buffer.is_inference() else buffer._version
+
+
 @dataclass(frozen=True)
 class _Progress:
     """Where the trainer stood: steps read ``global_step`` and ``current_epoch``."""
@@ -100,7 +105,7 @@ class TrainingStepReplay:
         self._random_state = read_random_state()
         self._progress = _Progress(trainer, trainer.global_step, trainer.current_epoch)
         self._buffers = {
-            (namespace, name): (buffer._version, buffer.clone())
+            (namespace, name): (_version(buffer), buffer.clone())
             for namespace, name, buffer in _buffers(module)
         }
 
@@ -152,7 +157,7 @@ class TrainingStepReplay:
         """Let go of the buffers that the step, which has now run, did not write to."""
         for namespace, name, buffer in _buffers(self._module):
             version, _ = self._buffers.get((namespace, name), (None, None))
-            if version == buffer._version:
+            if version is not None and version == _version(buffer):
                 del self._buffers[namespace, name]
 
     def __call__(self) -> TracedLoss:

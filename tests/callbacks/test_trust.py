@@ -199,3 +199,23 @@ def test_second_fit_starts_afresh_with_the_tuned_values():
     assert len(callback.schedule) == 2
     assert type(trainer.optimizers[0]) is optim.SGD
     assert trainer.optimizers[0].param_groups[0]["lr"] == module.settings["lr"].item()
+
+
+class SetsBuffer(SmallNet):
+    """Replaces a buffer in validation, by a tensor of inference mode."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.register_buffer("last", torch.zeros(1))
+
+    def validation_step(self, batch, batch_idx):
+        self.last = batch[1].mean().reshape(1)
+        return super().validation_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("observer", OBSERVERS)
+def test_buffers_of_inference_mode_do_no_harm(observer):
+    callback = OBSERVERS[observer]()
+    callback._selection = ["lr"]
+    fit(SetsBuffer(lr=0.1), callback, steps=9, check_val_every_n_epoch=1)
+    assert len(callback.schedule) == 3
