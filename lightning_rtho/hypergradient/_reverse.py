@@ -144,7 +144,8 @@ class ReverseHypergradient(AbstractHypergradient):
 
     def state_dict(self) -> dict[str, Any]:
         """See :meth:`AbstractHypergradient.state_dict`; the steps of the window so far."""
-        return {"window": self.tape.state_dict()}
+        # A checkpoint is written by one process, which knows its own batches alone.
+        return {"window": None if is_distributed() else self.tape.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any], recollection: Recollection) -> None:
         """See :meth:`AbstractHypergradient.load_state_dict`."""
