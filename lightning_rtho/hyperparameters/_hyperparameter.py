@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -118,25 +118,12 @@ def _call_with_numbers(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], others: list[Tensor]
 ) -> Any:
     """Call `func` with each scalar hyperparameter as a number of the other tensors' dtype."""
-    floating = [other.dtype for other in others if other.is_floating_point()]
-    # From float32 up: kernels of lower precision read their scalars in float32.
-    dtype = functools.reduce(
-        torch.promote_types, floating or [torch.get_default_dtype()], torch.float32
-    )
-    device = others[0].device
-
-    def as_float(number: Tensor) -> Any:
-        return number if number.requires_grad else number.item()
-
-    def as_scalar(number: Tensor) -> Tensor:
-        # The C type, not the subclass, or the result would be a Number with no precision to keep.
-        return number.as_subclass(Tensor).to(device, dtype)
-
     if not any(leaf.requires_grad for leaf in _tensors((args, kwargs)) if _is_number(leaf)):
         try:
-            return func(*_map_numbers(args, as_float), **_map_numbers(kwargs, as_float))
+            return func(*_map_numbers(args, Tensor.item), **_map_numbers(kwargs, Tensor.item))
         except TypeError:  # a function that takes tensors alone there, as torch.maximum does
             pass
+    as_scalar = functools.partial(_cast, others=others)
     return func(*_map_numbers(args, as_scalar), **_map_numbers(kwargs, as_scalar))
 
 
@@ -152,7 +139,7 @@ def _arithmetic(name: str, reflected: bool) -> Callable[..., Any]:
         if self.dim() > 0:
             return getattr(Tensor, method)(self, other)
         if isinstance(other, Tensor) and not _is_number(other):
-            scalar = _cast(self, like=other) if self.requires_grad else self.item()
+            scalar = _cast(self, [other]) if self.requires_grad else self.item()
             result = beside_tensor(other, scalar)
             return result.to(torch.result_type(other, 1.0))
         pair = (other, self) if reflected else (self, other)
@@ -166,14 +153,16 @@ def _arithmetic(name: str, reflected: bool) -> Callable[..., Any]:
     return apply
 
 
-def _cast(number: Tensor, like: Tensor) -> Tensor:
-    """Turn a live scalar into the tensor that stands for it beside another."""
+def _cast(number: Tensor, others: Sequence[Tensor]) -> Tensor:
+    """Turn a scalar into the tensor that stands for it beside others."""
+    floating = [other.dtype for other in others if other.is_floating_point()]
     # From float32 up: kernels of lower precision read their scalars in float32. The C type, not
     # the subclass, or the result would be a Number with no precision to keep.
-    floating = like.dtype if like.is_floating_point() else torch.get_default_dtype()
-    dtype = torch.promote_types(floating, torch.float32)
+    dtype = functools.reduce(
+        torch.promote_types, floating or [torch.get_default_dtype()], torch.float32
+    )
     with torch._C.DisableTorchFunctionSubclass():
-        return number.as_subclass(Tensor).to(like.device, dtype)
+        return number.as_subclass(Tensor).to(others[0].device, dtype)
 
 
 for _name in ("add", "sub", "mul", "truediv", "pow"):
