@@ -115,6 +115,12 @@ class ReverseHypergradient(AbstractHypergradient):
         pulled: list[Tensor | None] = [None] * len(self.params)
         for linearize in reversed(recorded.linearizations):
             linearization = linearize()
+            # Once a run: the structure of its graphs is that of the first.
+            if not self._verified and not linearization.still_holds():
+                raise GradientMismatchError(
+                    "A graph that was kept gives another gradient now that the weights have moved, "
+                    "as activation checkpointing makes it do. Use `TRHO(tape=Recompute())`."
+                )
             product = linearization.product(
                 vectors, [None] * len(self.hypers), _pull_back_statistics(linearization, betas)
             )
@@ -122,9 +128,9 @@ class ReverseHypergradient(AbstractHypergradient):
             traced = [add(*pair) for pair in zip(traced, linearization.gradients, strict=True)]
             pulled = [add(*pair) for pair in zip(pulled, product.params, strict=True)]
         for alpha, part in zip(alphas, mean_over_ranks(pulled, like=self.params), strict=True):
-            sum_ = add(alpha.get("param"), part)
-            if sum_ is not None:
-                alpha["param"] = sum_
+            pulled_back = add(alpha.get("param"), part)
+            if pulled_back is not None:
+                alpha["param"] = pulled_back
         if transitions and self._edited(recorded.step, [traced[t.index] for t in transitions]):
             raise GradientMismatchError(
                 "The gradient given to the optimizer is not the loss's: something between backward "

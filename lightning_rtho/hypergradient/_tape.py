@@ -12,12 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_rtho.dynamics import Transition
-from lightning_rtho.hypergradient._base import (
-    GradientMismatchError,
-    OptimizerStep,
-    Recollection,
-    Replay,
-)
+from lightning_rtho.hypergradient._base import OptimizerStep, Recollection, Replay
 from lightning_rtho.linearization import Linearization, TracedLoss
 
 __all__ = ["KeepGraph", "Offload", "Recompute", "RecordedStep", "Tape"]
@@ -256,7 +251,7 @@ class KeepGraph(Tape):
         self._losses: list[Linearization] = []
         self._steps: list[tuple[OptimizerStep, list[Linearization]]] = []
         self._mutation = ExitStack()
-        self._open = self._checked = False
+        self._open = False
 
     def start(self) -> None:
         """See :meth:`Tape.start`; the optimizer shall not write into what the graphs hold."""
@@ -288,14 +283,6 @@ class KeepGraph(Tape):
     ) -> Iterator[RecordedStep]:
         """See :meth:`Tape.backward`."""
         for step, losses in reversed(self._steps):
-            if not self._checked and losses:
-                self._checked = True  # the structure of the graphs is that of the first
-                if not losses[-1].still_holds():
-                    raise GradientMismatchError(
-                        "A graph that was kept gives another gradient now that the weights have "
-                        "moved, as activation checkpointing makes it do. Use "
-                        "`TRHO(tape=Recompute())`."
-                    )
             yield RecordedStep(step, [partial(_identity, line) for line in losses])
 
     def clear(self) -> None:

@@ -203,3 +203,10 @@ def test_recomputing_observer_changes_nothing(name):
         fit(module, *callbacks, steps=8)
         weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
     assert torch.equal(*weights)
+
+
+def test_kept_graphs_are_verified_anew_in_each_run():
+    callback = METHODS["keep graph"]()
+    fit(SmallNet(optim.SGD, body=FOLLOWED["layer norm"], lr=0.1), callback, steps=4)
+    with pytest.raises(MisconfigurationException, match="activation checkpointing"):
+        fit(SmallNet(optim.SGD, body=FOLLOWED["checkpointed"], lr=0.1), callback, steps=4)
