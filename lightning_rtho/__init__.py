@@ -21,6 +21,7 @@ from lightning_rtho.hyperparameters import (
     Positive,
     Real,
 )
+from lightning_rtho.linearization import stop_gradient
 from lightning_rtho.optim import DifferentiableOptimizer
 
 __version__ = "0.1.0"
@@ -42,4 +43,5 @@ __all__ = [
     "UpdateRule",
     "__version__",
     "register_rule",
+    "stop_gradient",
 ]

@@ -22,9 +22,9 @@ from lightning_rtho.callbacks._checks import (
 )
 from lightning_rtho.callbacks._objective import ValidationObjective, check_validation_step
 from lightning_rtho.callbacks._random import read_random_state, write_random_state
-from lightning_rtho.callbacks._run import FollowedRun
+from lightning_rtho.callbacks._run import FollowedRun, schedulers_of
 from lightning_rtho.callbacks._selection import Selection, select_hyperparameters
-from lightning_rtho.hypergradient import AbstractHypergradient
+from lightning_rtho.hypergradient import AbstractHypergradient, Fault, OuterGradient
 from lightning_rtho.hyperparameters import Hyperparameter
 from lightning_rtho.optim import DifferentiableOptimizer
 from lightning_rtho.outer import HyperparameterDescent, OuterOptimizerCallable
@@ -101,7 +101,7 @@ class HypergradientCallback(Callback):
         self._next_update = hyper_batch_size
         self._resumed: dict[str, Any] | None = None
         self._random_state: dict[str, Any] | None = None
-        self._warned = False
+        self._nonfinite_steps = 0
 
     @abstractmethod
     def _make_hypergradient(
@@ -139,28 +139,30 @@ class HypergradientCallback(Callback):
         """Find the hyperparameters and put the differentiable optimizer in place."""
         check_modules(trainer, pl_module)
         check_optimizers(trainer)
-        inner = trainer.optimizers[0]
-        self._tuned = select_hyperparameters(self._selection, pl_module, inner)
+        self._tuned = select_hyperparameters(self._selection, pl_module, trainer.optimizers)
         for hyper in self._tuned.values():
             if hyper.dim() > 0:
                 hyper.data = hyper.data.to(pl_module.device)
         if self._resumed is not None:
             self._take_back_values(self._resumed)
             self._take_back_random_state(trainer, self._resumed)
-        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        trainer.optimizers = [DifferentiableOptimizer(inner, schedulers)]
+        trainer.optimizers = [
+            DifferentiableOptimizer(inner, schedulers_of(trainer, inner))
+            for inner in trainer.optimizers
+        ]
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to follow the run; evaluate the outer objective once, so that errors come now."""
-        optimizer = _differentiable(trainer)
-        optimizer.write_hyperparameters()
+        optimizers = _differentiable(trainer)
+        for optimizer in optimizers:
+            optimizer.write_hyperparameters()
         self.schedule, self._next_update = [], self.hyper_batch_size
         self._objective = ValidationObjective(
             trainer, pl_module, self._dataloader, self._outer_batches
         )
         self._run = FollowedRun(
-            trainer, pl_module, optimizer, self._tuned, self._make_hypergradient
+            trainer, pl_module, optimizers, self._tuned, self._make_hypergradient
         )
         if self._outer_optimizer is not None:
             hypers = list(self._tuned.values())
@@ -232,6 +234,7 @@ class HypergradientCallback(Callback):
         """Update the hyperparameters where a hyper-batch ends."""
         if self._run is None:
             return
+        self._run.after_batch()
         update_is_due = self._run.steps >= self._next_update
         if update_is_due:
             self._next_update += self.hyper_batch_size
@@ -245,19 +248,12 @@ class HypergradientCallback(Callback):
         outer = self._objective(method.params, method.hypers)
         with refusals_explained():
             hypergradient = method.hypergradient(outer)
-        if not (bool(hypergradient.isfinite().all()) and bool(outer.value.isfinite())):
-            method.reset()
-            if not self._warned:
-                self._warned = True
-                rank_zero_warn(
-                    f"{type(self).__name__}: outer objective or hypergradient is not finite at "
-                    f"step {trainer.global_step}. The hyperparameters keep their values, the "
-                    "weights theirs; this is said once."
-                )
+        if self._is_frozen(trainer, method, outer, hypergradient):
             return
         if self._descent is not None:
             self._descent.step(hypergradient)
-            _differentiable(trainer).write_hyperparameters()
+            for optimizer in _differentiable(trainer):
+                optimizer.write_hyperparameters()
         parts = hypergradient.split([hyper.numel() for hyper in self._tuned.values()])
         update = OuterUpdate(
             step=trainer.global_step,
@@ -271,6 +267,40 @@ class HypergradientCallback(Callback):
         self.schedule.append(update)
         for logger in trainer.loggers:
             logger.log_metrics(_metrics(update), step=trainer.global_step)
+
+    def _is_frozen(
+        self,
+        trainer: Trainer,
+        method: AbstractHypergradient,
+        outer: OuterGradient,
+        hypergradient: Tensor,
+    ) -> bool:
+        """Tell whether the hyperparameters stay, since something is not finite; count and warn."""
+        last = trainer.global_step - 1  # counted as the methods count
+        faults = method.take_faults()
+        frozen = any(fault.step == last for fault in faults)
+        if not outer.is_finite():
+            faults.append(Fault(last, "outer objective or its gradient"))
+            frozen = True
+        elif not bool(hypergradient.isfinite().all()):
+            faults += [] if frozen else [Fault(last, "hypergradient")]
+            frozen = True
+            method.reset()
+        if len(faults) >= self.hyper_batch_size:
+            method.reset()
+        if faults and not self._nonfinite_steps:
+            rank_zero_warn(
+                f"{type(self).__name__}: {faults[0].cause} is not finite at step "
+                f"{faults[0].step + 1}. In such steps the hyperparameters and their hypergradients "
+                "keep their values; the log counts them as `nonfinite_steps`, this is said once."
+            )
+        self._nonfinite_steps += len(faults)
+        if faults:
+            for logger in trainer.loggers:
+                logger.log_metrics(
+                    {"nonfinite_steps": self._nonfinite_steps}, step=trainer.global_step
+                )
+        return frozen
 
     def _show(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the hyperparameters on the progress bar and among the callback metrics."""
@@ -294,6 +324,7 @@ class HypergradientCallback(Callback):
             state["run"] = {
                 "steps": self._run.steps,
                 "next_update": self._next_update,
+                "nonfinite_steps": self._nonfinite_steps,
                 "method": self._run.method.state_dict(),
                 "objective": self._objective.state_dict(),
                 "descent": None if self._descent is None else self._descent.state_dict(),
@@ -332,6 +363,7 @@ class HypergradientCallback(Callback):
         assert self._objective is not None
         run = state["run"]
         self._run.steps, self._next_update = run["steps"], run["next_update"]
+        self._nonfinite_steps = run["nonfinite_steps"]
         self._run.method.load_state_dict(run["method"], self._run.recollection())
         self._objective.load_state_dict(run["objective"])
         if self._descent is not None and run["descent"] is not None:
@@ -365,10 +397,8 @@ class HypergradientCallback(Callback):
         ]
 
 
-def _differentiable(trainer: Trainer) -> DifferentiableOptimizer:
-    optimizer = trainer.optimizers[0]
-    assert isinstance(optimizer, DifferentiableOptimizer)
-    return optimizer
+def _differentiable(trainer: Trainer) -> list[DifferentiableOptimizer]:
+    return [o for o in trainer.optimizers if isinstance(o, DifferentiableOptimizer)]
 
 
 def _metrics(update: OuterUpdate) -> dict[str, float]:

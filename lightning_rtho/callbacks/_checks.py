@@ -29,11 +29,6 @@ def check_settings(trainer: Trainer, module: LightningModule) -> None:
     Raises:
         MisconfigurationException: If a setting cannot be followed.
     """
-    if not module.automatic_optimization:
-        raise MisconfigurationException(
-            "Manual optimization is not supported, got `automatic_optimization=False`. Let "
-            "Lightning call backward and `optimizer.step` to tune hyperparameters."
-        )
     if is_overridden("backward", module):
         raise MisconfigurationException(
             f"`{type(module).__name__}.backward` is overridden, so the gradient that the optimizer "
@@ -119,14 +114,12 @@ def check_optimizers(trainer: Trainer) -> None:
         trainer: The trainer.
 
     Raises:
-        MisconfigurationException: If there is not exactly one, or it unscales gradients itself.
+        MisconfigurationException: If one unscales gradients itself.
     """
-    if len(trainer.optimizers) != 1:
-        raise MisconfigurationException(
-            f"`configure_optimizers` must return one optimizer, got {len(trainer.optimizers)}."
-        )
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is not None and getattr(trainer.optimizers[0], "_step_supports_amp_scaling", False):
+    if scaler is not None and any(
+        getattr(optimizer, "_step_supports_amp_scaling", False) for optimizer in trainer.optimizers
+    ):
         raise MisconfigurationException(
             "`fused=True` lets the optimizer free gradients of the loss scale out of sight, which "
             "cannot be followed. Use `fused=False` with `precision='16-mixed'`."

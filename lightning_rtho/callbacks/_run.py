@@ -11,11 +11,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.optim import Optimizer
 
+from lightning_rtho.callbacks._detached import DetachedWeights
 from lightning_rtho.callbacks._kernels import (
     twice_differentiable_kernels,
     warn_of_eager_steps,
 )
+from lightning_rtho.callbacks._manual import ManualStep
 from lightning_rtho.callbacks._replay import TrainingStepReplay, loss_scale
 from lightning_rtho.hypergradient import AbstractHypergradient, OptimizerStep, Recollection
 from lightning_rtho.hyperparameters import Hyperparameter
@@ -28,7 +31,7 @@ from lightning_rtho.linearization import (
 )
 from lightning_rtho.optim import DifferentiableOptimizer
 
-__all__ = ["FollowedRun"]
+__all__ = ["FollowedRun", "schedulers_of"]
 
 
 class FollowedRun:
@@ -37,7 +40,7 @@ class FollowedRun:
     Args:
         trainer: The trainer, about to train.
         module: The module.
-        optimizer: Its optimizer.
+        optimizers: Its optimizers; more than one only where it calls them by hand.
         tuned: Hyperparameters by name, each ``[*H]``.
         make_method: Makes the method from weights and hyperparameters.
 
@@ -50,38 +53,45 @@ class FollowedRun:
         self,
         trainer: Trainer,
         module: LightningModule,
-        optimizer: DifferentiableOptimizer,
+        optimizers: Sequence[DifferentiableOptimizer],
         tuned: Mapping[str, Hyperparameter],
         make_method: Callable[[Sequence[Tensor], Sequence[Tensor]], AbstractHypergradient],
     ) -> None:
-        self._trainer, self._module, self._optimizer = trainer, module, optimizer
+        self._trainer, self._module, self._optimizers = trainer, module, optimizers
         self._tuned = tuned
         self._columns = _columns(tuned)
-        self.method = make_method(_params(module, optimizer), list(tuned.values()))
+        self.method = make_method(_params(module, optimizers), list(tuned.values()))
         self.steps = self._skipped_steps = 0
         self._recorded = False
         self._statistics = RunningStatistics(module)
         self._clip = _clip(trainer)
         self._raw_grads: dict[Tensor, Tensor] = {}
+        self._manual = None if module.automatic_optimization else ManualStep(module)
         self._following = self._resting = self._warned_of_freezing = False
         self._live: set[Tensor] = set()
-        self._kernels = ExitStack()
+        self._watched = False
+        self._forward_context = ExitStack()
         self._replay: TrainingStepReplay | None = None
-        acting = {id(hyper) for hyper in optimizer.hyperparameters}
+        acting = {id(hyper) for optimizer in optimizers for hyper in optimizer.hyperparameters}
         self._unseen = {name: hyper for name, hyper in tuned.items() if id(hyper) not in acting}
-        optimizer.before_update = self._before_update
+        for optimizer in optimizers:
+            optimizer.before_update = partial(self._before_update, optimizer)
         warn_of_eager_steps(module)
+
+    @property
+    def _trained(self) -> list[Tensor]:
+        """The weights that the optimizers have now."""
+        return [param for optimizer in self._optimizers for param in optimizer.params]
 
     def before_batch(self, batch: Any, batch_idx: int, *, follow: bool) -> None:
         """Take down what the coming training step depends on, if it is followed."""
-        self._kernels.close()
+        self._forward_context.close()
         if self._following and not follow:
             self.method.reset()  # the run is not followed any more
         follow = follow and not self._resting
         self._following, self._replay = follow, None
-        self._optimizer.follow_schedulers([
-            config.scheduler for config in self._trainer.lr_scheduler_configs
-        ])
+        for optimizer in self._optimizers:
+            optimizer.follow_schedulers(schedulers_of(self._trainer, optimizer.optimizer))
         for hyper in self._tuned.values():
             hyper.requires_grad_(follow)
         if follow:
@@ -92,19 +102,30 @@ class FollowedRun:
                     self._trainer, self._module, batch, batch_idx, self._statistics
                 )
             else:
-                self._kernels.enter_context(twice_differentiable_kernels(self._module))
+                self._forward_context.enter_context(twice_differentiable_kernels(self._module))
             self._statistics.start()
+            if self._manual is not None:
+                self._manual.start()
+            if not self._watched:
+                self._watched = True
+                self._forward_context.enter_context(DetachedWeights(self._trained))
 
     def _take_in_parameters(self) -> None:
         """Take in parameters that the optimizer has been given since."""
         known = set(self.method.params)
-        added = [param for param in self._optimizer.params if param not in known]
+        added = [param for param in self._trained if param not in known]
         if added:
             self.method.extend(added)
 
     def _rest_if_weights_were_frozen(self) -> None:
         """Begin anew after this step if it no longer trains weights that depend on the past."""
         live = {param for param in self.method.params if param.requires_grad}
+        if not self._live <= live and self._manual is not None:
+            raise MisconfigurationException(
+                "Weights were frozen for a backward pass that others take part in, so the way "
+                "their history takes through it would be lost. Freeze them by "
+                "`self.toggle_optimizer(...)`, or not at all."
+            )
         if not self._live <= live:
             self._following, self._resting = False, True
             if not self._warned_of_freezing:
@@ -117,7 +138,8 @@ class FollowedRun:
 
     def before_backward(self, loss: Tensor) -> None:
         """Hand the loss to the method; where that gives the gradient, backward just uses it."""
-        self._kernels.close()
+        if self._manual is None:
+            self._forward_context.close()
         if self._following:
             self._rest_if_weights_were_frozen()
         if not self._following:
@@ -125,15 +147,23 @@ class FollowedRun:
         if self._replay is not None:
             self._replay.keep_changed_buffers()
         self._look_for_unseen(loss)
+        if self._manual is not None:
+            self._manual.check_order(loss)
+            self.method.forget_gradients(
+                i for i, param in enumerate(self.method.params) if param.grad is None
+            )
         scale = loss_scale(self._trainer)
         traced = TracedLoss(loss, self._statistics.collect(), scale)
         gradients = self.method.record(traced, self._replay)
         self._recorded = True
+        if self._manual is not None:
+            self._statistics.start()
         if gradients is not None:
             pairs = [
                 (param, gradient)
                 for param, gradient in zip(self.method.params, gradients, strict=True)
                 if gradient is not None
+                and (self._manual is None or self._manual.takes_gradient(param))
             ]
             self._module.backward = partial(_accumulate, pairs)  # type: ignore[method-assign]
 
@@ -179,13 +209,16 @@ class FollowedRun:
                 if param.grad is not None
             }
 
-    def _before_update(self) -> None:
-        """Hand the optimizer's coming step to the method."""
-        if self._resting:  # its backward pass may have needed what the method holds
-            self._resting = False
-            self.method.reset()
-        if not self._following:
-            return
+    def after_batch(self) -> None:
+        """End what lasts as long as a training step that calls its optimizers by hand."""
+        if self._following and self._manual is not None:
+            self._forward_context.close()
+            self._statistics.collect()
+            self._manual.stop()
+            self._refuse_unseen()
+
+    def _refuse_unseen(self) -> None:
+        """Refuse a hyperparameter that acts nowhere."""
         if self._unseen:
             name = next(iter(self._unseen))
             raise MisconfigurationException(
@@ -193,26 +226,49 @@ class FollowedRun:
                 "nor the loss of the first training step depends on it. Use it there, or name the "
                 "hyperparameters to tune, as in `RTHO(['lr'])`."
             )
-        overwritten = self._optimizer.overwritten_setting()
+
+    def _before_update(self, optimizer: DifferentiableOptimizer) -> None:
+        """Hand an optimizer's coming step to the method."""
+        if self._resting:  # its backward pass may have needed what the method holds
+            self._resting = False
+            self.method.reset()
+        if not self._following:
+            return
+        if self._manual is None:
+            self._refuse_unseen()
+        overwritten = optimizer.overwritten_setting()
         if overwritten is not None:
             raise MisconfigurationException(
                 f"`{overwritten}` is tuned, but something other than the callback has changed it "
                 "in the optimizer. Shape a learning rate by a scheduler such as LambdaLR."
             )
-        transitions = self._optimizer.transitions(self._columns)
-        trained = self._optimizer.params
-        raw = [self._raw_grads.get(trained[t.index], t.grad) for t in transitions]
+        clip, raw_grads = self._clip, self._raw_grads
+        if self._manual is not None:
+            clip, raw_grads = self._manual.take_clip(optimizer)
+            self._manual.note_update(optimizer.params)
+            self._record_statistics()
+        transitions = optimizer.transitions(self._columns)
+        trained = optimizer.params
+        raw = [raw_grads.get(trained[t.index], t.grad) for t in transitions]
         positions = {param: i for i, param in enumerate(self.method.params)}
         followed = [replace(t, index=positions[trained[t.index]]) for t in transitions]
-        self.method.advance(OptimizerStep(followed, raw, self._clip))
-        self._optimizer.carry_derivative_buffers(transitions)
+        self.method.advance(OptimizerStep(followed, raw, clip, self._trainer.global_step))
+        optimizer.carry_derivative_buffers(transitions)
         self.steps += bool(transitions)
         self._recorded, self._raw_grads = False, {}
+
+    def _record_statistics(self) -> None:
+        """Record forward passes that no backward pass has followed, before their weights move."""
+        updates = self._statistics.collect()
+        if updates:
+            nothing = torch.zeros((), requires_grad=True)
+            self.method.record(TracedLoss(nothing, updates), None)
+        self._statistics.start()
 
     def recollection(self) -> Recollection:
         """Return what this run knows of the steps that a checkpoint holds."""
         return Recollection(
-            self._optimizer.rule_class,
+            self._optimizers[0].rule_class,
             self._clip,
             partial(
                 TrainingStepReplay.from_state_dict, self._trainer, self._module, self._statistics
@@ -222,18 +278,42 @@ class FollowedRun:
     def end(self) -> None:
         """Let go of everything."""
         self.after_backward()
-        self._kernels.close()
+        self._forward_context.close()
         self._statistics.collect()
         self.method.reset()
-        self._optimizer.before_update = None
+        if self._manual is not None:
+            self._manual.stop()
+        for optimizer in self._optimizers:
+            optimizer.before_update = None
         for hyper in self._tuned.values():
             hyper.requires_grad_(False)
 
 
-def _params(module: LightningModule, optimizer: DifferentiableOptimizer) -> list[Tensor]:
-    """Return the optimizer's parameters, then those that it leaves alone but backward does not."""
-    trained = optimizer.params
+def schedulers_of(trainer: Trainer, optimizer: Optimizer) -> list[Any]:
+    """Return the schedulers of an optimizer.
+
+    Args:
+        trainer: The trainer.
+        optimizer: One of its optimizers, or what it wraps.
+
+    Returns:
+        The schedulers.
+    """
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    if len(trainer.optimizers) == 1:
+        return schedulers
+    return [s for s in schedulers if getattr(s.optimizer, "optimizer", s.optimizer) is optimizer]
+
+
+def _params(module: LightningModule, optimizers: Sequence[DifferentiableOptimizer]) -> list[Tensor]:
+    """Return the optimizers' parameters, then those they leave alone but backward does not."""
+    trained = [param for optimizer in optimizers for param in optimizer.params]
     known = set(trained)
+    if len(known) < len(trained):
+        raise MisconfigurationException(
+            "A weight is trained by two optimizers, which cannot be followed: each keeps a state "
+            "of its own for it. Give each weight to one optimizer."
+        )
     bystanders = [p for p in module.parameters() if p.requires_grad and p not in known]
     for param in (*trained, *bystanders):
         if param.is_complex():
@@ -264,6 +344,12 @@ def _accumulate(
     pairs: Sequence[tuple[Tensor, Tensor]], loss: Tensor, *args: Any, **kwargs: Any
 ) -> None:
     """Stand in for ``LightningModule.backward`` where the gradients are known already."""
+    restricted = sorted({"gradient", "inputs"} & kwargs.keys())
+    if args or restricted:
+        raise MisconfigurationException(
+            f"`manual_backward` got `{restricted[0] if restricted else 'gradient'}`, which cannot "
+            "be followed. Scale the loss, or toggle the optimizer whose weights shall move."
+        )
     if pairs:
         params, gradients = zip(*pairs, strict=True)
         torch.autograd.backward(params, gradients)

@@ -16,7 +16,7 @@ Selection = Sequence[str] | Mapping[str, Domain] | None
 
 
 def select_hyperparameters(
-    selection: Selection, module: LightningModule, optimizer: Optimizer
+    selection: Selection, module: LightningModule, optimizers: Sequence[Optimizer]
 ) -> dict[str, Hyperparameter]:
     """Find the hyperparameters to tune and place those of the optimizer in its groups.
 
@@ -25,14 +25,15 @@ def select_hyperparameters(
     Args:
         selection: Names, names with domains, or None for all that the module declares.
         module: The module.
-        optimizer: Its torch optimizer.
+        optimizers: Its torch optimizers; of several, the settings cannot be named.
 
     Returns:
         Hyperparameters by name; ``lr/pg1``, ``lr/pg2``, ... where there are several groups.
 
     Raises:
         MisconfigurationException: If there is nothing to tune.
-        ValueError: If a name is neither, or its start value is outside its domain.
+        ValueError: If a name is neither, if it could be a setting of several optimizers, or if
+            its start value is outside its domain.
     """
     declared = declared_hyperparameters(module)
     if selection is None:
@@ -47,7 +48,13 @@ def select_hyperparameters(
     domains = selection if isinstance(selection, Mapping) else dict.fromkeys(selection)
     for name, domain in domains.items():
         if name not in declared:
-            found.update(_place(name, domain, optimizer, list(declared)))
+            if len(optimizers) > 1:
+                raise ValueError(
+                    f"`hyperparameters` names {name!r}, which the module does not declare, and "
+                    f"there are {len(optimizers)} optimizers that it could be a setting of. "
+                    "Declare a `Hyperparameter` and hand it to the one you mean."
+                )
+            found.update(_place(name, domain, optimizers[0], list(declared)))
         elif domain is None or domain == declared[name].domain:
             found[name] = declared[name]
         else:

@@ -3,7 +3,10 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_rtho.callbacks._base import HypergradientCallback
 from lightning_rtho.callbacks._selection import Selection
@@ -80,6 +83,16 @@ class TRHO(HypergradientCallback):
                 "instance."
             )
         self.tape = tape or Recompute()
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse settings that cannot be followed."""
+        if stage == "fit" and not pl_module.automatic_optimization:
+            raise MisconfigurationException(
+                "`TRHO` cannot follow manual optimization, got `automatic_optimization=False`: it "
+                "runs past training steps again, which would make their updates again. Use `RTHO`."
+            )
+        super().setup(trainer, pl_module, stage)
 
     def _make_hypergradient(
         self, params: Sequence[Tensor], hypers: Sequence[Tensor]

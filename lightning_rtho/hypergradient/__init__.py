@@ -2,6 +2,7 @@
 
 from lightning_rtho.hypergradient._base import (
     AbstractHypergradient,
+    Fault,
     GradientMismatchError,
     OptimizerStep,
     OuterGradient,
@@ -13,6 +14,7 @@ from lightning_rtho.hypergradient._tape import KeepGraph, Offload, Recompute, Ta
 
 __all__ = [
     "AbstractHypergradient",
+    "Fault",
     "ForwardHypergradient",
     "GradientMismatchError",
     "KeepGraph",

@@ -1,9 +1,9 @@
 """What forward and reverse mode have in common: they follow a training run step by step."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,12 +13,14 @@ from lightning_rtho.linearization import GradientClip, TracedLoss
 
 __all__ = [
     "AbstractHypergradient",
+    "Fault",
     "GradientMismatchError",
     "OptimizerStep",
     "OuterGradient",
     "Recollection",
     "Replay",
     "add",
+    "are_finite",
     "edited",
 ]
 
@@ -60,11 +62,25 @@ class OptimizerStep:
         transitions: One for each parameter that has a gradient; none where the step is skipped.
         raw_grads: Their gradients before clipping, each ``[*P]``.
         clip: The clipping between raw gradients and those in `transitions`.
+        number: How many steps the run has made before.
     """
 
     transitions: Sequence[Transition]
     raw_grads: Sequence[Tensor]
     clip: GradientClip | None = None
+    number: int = 0
+
+
+class Fault(NamedTuple):
+    """A step whose derivative is not finite.
+
+    Attributes:
+        step: The step's number.
+        cause: What was not finite.
+    """
+
+    step: int
+    cause: str
 
 
 @dataclass(frozen=True)
@@ -83,6 +99,11 @@ class OuterGradient:
     hypers: Sequence[Tensor | None]
     statistics: Sequence[Tensor | None] = ()
 
+    def is_finite(self) -> bool:
+        """Tell whether value and derivatives are finite."""
+        parts = [part for part in (self.value, *self.params, *self.hypers) if part is not None]
+        return bool(are_finite(parts))
+
 
 class AbstractHypergradient(ABC):
     """Follows a training run and gives dE/dlambda along it.
@@ -100,6 +121,7 @@ class AbstractHypergradient(ABC):
         self.params = list(params)
         self.hypers = list(hypers)
         self.sizes = [hyper.numel() for hyper in hypers]
+        self._checks: list[tuple[int, Tensor]] = []
 
     @property
     @abstractmethod
@@ -118,6 +140,19 @@ class AbstractHypergradient(ABC):
             params: The parameters, each ``[*P]``; until now they were constant.
         """
         self.params += params
+
+    def forget_gradients(self, indices: Iterable[int]) -> None:
+        """Begin the gradients of some parameters anew, since the run has cleared them.
+
+        An optimizer step clears those that it uses.
+
+        Args:
+            indices: Positions of the parameters.
+
+        Raises:
+            NotImplementedError: If it takes every gradient to begin anew after each step.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def start(self) -> None:
@@ -175,6 +210,43 @@ class AbstractHypergradient(ABC):
             recollection: What belongs to the state but is not in it.
         """
 
+    def take_faults(self) -> list[Fault]:
+        """Return the steps since the last call whose derivative is not finite.
+
+        What a step's gradient and the Hessian products were is read here, not step by step, so
+        that the host need not wait for the device in every step.
+
+        Returns:
+            The steps, from first to last.
+        """
+        checks, self._checks = self._checks, []
+        faults = []
+        for number, check in sorted(checks, key=lambda pair: pair[0]):
+            gradient, product = check.tolist()
+            if not (gradient and product):
+                faults.append(Fault(number, "Hessian product" if gradient else "gradient"))
+        return faults
+
+    def _check(
+        self, step: OptimizerStep, vectors: Sequence[Tensor], products: Sequence[Tensor]
+    ) -> Tensor:
+        """Take down whether a step is finite.
+
+        Args:
+            step: The step.
+            vectors: What was multiplied with the Hessian; if that was not finite before, neither
+                is the product, which is not the fault of this step.
+            products: The products.
+
+        Returns:
+            Whether it is, a boolean ``[]``.
+        """
+        gradient = are_finite(step.raw_grads)
+        product = are_finite(products) | ~are_finite(vectors)
+        check = torch.stack([gradient, product.to(gradient.device)])
+        self._checks.append((step.number, check))
+        return check.all()
+
     def _flat(self, parts: Sequence[Tensor | None]) -> Tensor:
         """Join one tensor a hyperparameter, each ``[*H]`` or None, to ``[m]``, float64."""
         return torch.cat([
@@ -190,6 +262,20 @@ def add(total: Tensor | None, part: Tensor | None) -> Tensor | None:
     if total is None or part is None:
         return part if total is None else total
     return total + part
+
+
+def are_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Tell whether tensors are finite, reading each once.
+
+    Args:
+        tensors: The tensors, each ``[*P]``.
+
+    Returns:
+        A boolean ``[]``, not yet synchronised with the host.
+    """
+    if not tensors:
+        return torch.tensor(True)
+    return torch.stack([tensor.sum(dtype=torch.float32) for tensor in tensors]).isfinite().all()
 
 
 def edited(step: OptimizerStep, traced: Sequence[Tensor | None]) -> Tensor:

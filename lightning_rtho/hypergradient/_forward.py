@@ -1,6 +1,6 @@
 """Forward-HG: tangents of the training state, carried through every step."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, final
 
 import torch
@@ -67,14 +67,17 @@ class ForwardHypergradient(AbstractHypergradient):
         """See :meth:`AbstractHypergradient.reset`."""
         self.tangents: list[StateTangent] = [{} for _ in self.params]
         self.statistic_tangents: dict[int, Tensor] = {}
-        self._begin_step()
+        self._grads: list[Tensor | None] = [None] * len(self.params)
+        self._grads_dot: list[Tensor | None] = [None] * len(self.params)
+        self._is_discounted = True
         self._edited: Tensor | None = None
 
     def extend(self, params: Sequence[Tensor]) -> None:
         """See :meth:`AbstractHypergradient.extend`; their tangents are zero."""
         super().extend(params)
         self.tangents += [{} for _ in params]
-        self._begin_step()
+        self._grads += [None] * len(params)
+        self._grads_dot += [None] * len(params)
 
     def state_dict(self) -> dict[str, Any]:
         """See :meth:`AbstractHypergradient.state_dict`; Z."""
@@ -92,9 +95,10 @@ class ForwardHypergradient(AbstractHypergradient):
             buffer: value.to(device) for buffer, value in state["statistic_tangents"].items()
         }
 
-    def _begin_step(self) -> None:
-        self._grads: list[Tensor | None] = [None] * len(self.params)
-        self._grads_dot: list[Tensor | None] = [None] * len(self.params)
+    def forget_gradients(self, indices: Iterable[int]) -> None:
+        """See :meth:`AbstractHypergradient.forget_gradients`."""
+        for index in indices:
+            self._grads[index] = self._grads_dot[index] = None
 
     @property
     def needs_replay(self) -> bool:
@@ -106,8 +110,9 @@ class ForwardHypergradient(AbstractHypergradient):
 
     def record(self, loss: TracedLoss, replay: Replay | None = None) -> list[Tensor | None]:
         """See :meth:`AbstractHypergradient.record`; adds to g_dot = H Z + dg/dlambda."""
-        if self.discount != 1 and all(grad is None for grad in self._grads):
+        if self.discount != 1 and not self._is_discounted:
             self._discount_history()
+        self._is_discounted = True
         linearization = Linearization(loss, self.params, self.hypers)
         products = [
             linearization.product(
@@ -158,12 +163,16 @@ class ForwardHypergradient(AbstractHypergradient):
     def advance(self, step: OptimizerStep) -> None:
         """See :meth:`AbstractHypergradient.advance`; Z <- A Z + B."""
         if not step.transitions:
-            self._begin_step()
+            self.forget_gradients(range(len(self.params)))
             return
         self._look_for_edits(step)
         grads_dot = self._grads_dot_of(step)
         if step.clip is not None:
             grads_dot = step.clip.jvp(step.raw_grads, grads_dot)
+        is_finite = self._check(step, [], grads_dot)
+        if is_finite.device.type == "cpu" and not is_finite:
+            self._end_step(step)
+            return
         for positions in cohorts(step.transitions):
             transitions = [step.transitions[i] for i in positions]
             new_tangents = cohort_jvp(
@@ -173,8 +182,15 @@ class ForwardHypergradient(AbstractHypergradient):
                 self._hyper_dot(transitions[0]),
             )
             for transition, tangent in zip(transitions, new_tangents, strict=True):
+                if is_finite.device.type != "cpu":  # without waiting for the device
+                    tangent = _choose(is_finite, tangent, self.tangents[transition.index])
                 self.tangents[transition.index] = tangent
-        self._begin_step()
+        self._end_step(step)
+
+    def _end_step(self, step: OptimizerStep) -> None:
+        """Forget the gradients that the step has used."""
+        self._is_discounted = False
+        self.forget_gradients(transition.index for transition in step.transitions)
 
     def _look_for_edits(self, step: OptimizerStep) -> None:
         """Compare the optimizer's gradients with the losses'; among processes, at first alone."""
@@ -216,7 +232,9 @@ class ForwardHypergradient(AbstractHypergradient):
             raise GradientMismatchError(
                 "The gradient given to the optimizer is not the loss's: something between backward "
                 "and the optimizer's step changes gradients. Clip by "
-                "`Trainer(gradient_clip_val=...)` and scale the loss rather than its gradient."
+                "`Trainer(gradient_clip_val=...)` and scale the loss rather than its gradient. In "
+                "manual optimization call `self.manual_backward`, clip by `self.clip_gradients`, "
+                "and clear gradients after each step."
             )
         total = self._flat(outer.hypers)
         tangents = [tangent.get("param") for tangent in self.tangents]
@@ -227,6 +245,14 @@ class ForwardHypergradient(AbstractHypergradient):
             if tangent is not None and gradient is not None:
                 total += (tangent.reshape(self.entries, -1) @ gradient.flatten()).to(total)
         return total
+
+
+def _choose(condition: Tensor, new: StateTangent, old: StateTangent) -> StateTangent:
+    """Return one of two tangents, where missing tensors are zero."""
+    return {
+        name: torch.where(condition, value, old.get(name, torch.zeros_like(value)))
+        for name, value in new.items()
+    }
 
 
 def _stack(columns: Sequence[Tensor | None], like: Tensor) -> Tensor | None:

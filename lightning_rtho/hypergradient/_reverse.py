@@ -113,6 +113,7 @@ class ReverseHypergradient(AbstractHypergradient):
         total = self._flat([None] * len(self.hypers))
         traced: list[Tensor | None] = [None] * len(self.params)
         pulled: list[Tensor | None] = [None] * len(self.params)
+        products: list[Tensor] = []
         for linearize in reversed(recorded.linearizations):
             linearization = linearize()
             # Once a run: the structure of its graphs is that of the first.
@@ -125,6 +126,7 @@ class ReverseHypergradient(AbstractHypergradient):
                 vectors, [None] * len(self.hypers), _pull_back_statistics(linearization, betas)
             )
             total += self._flat(product.hypers)
+            products += [part for part in (*product.params, *product.hypers) if part is not None]
             traced = [add(*pair) for pair in zip(traced, linearization.gradients, strict=True)]
             pulled = [add(*pair) for pair in zip(pulled, product.params, strict=True)]
         for alpha, part in zip(alphas, mean_over_ranks(pulled, like=self.params), strict=True):
@@ -138,6 +140,8 @@ class ReverseHypergradient(AbstractHypergradient):
                 "the same loss twice. Clip by `Trainer(gradient_clip_val=...)` and scale the loss "
                 "rather than its gradient."
             )
+        if transitions:
+            self._check(recorded.step, grads_bar, products)
         (mean,) = mean_over_ranks([total], like=[total])
         return total if mean is None else mean
 

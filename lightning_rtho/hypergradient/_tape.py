@@ -173,6 +173,7 @@ class _ReplayTape(Tape):
                 return None
             transitions = [_transition_state(transition) for transition in step.transitions]
             steps.append({
+                "number": step.number,
                 "transitions": transitions,
                 "raw_grads": None if step.clip is None else list(step.raw_grads),
                 "weights": weights,
@@ -192,7 +193,8 @@ class _ReplayTape(Tape):
             raw_grads = saved["raw_grads"]
             clip = None if raw_grads is None else recollection.clip
             raw_grads = [t.grad for t in transitions] if raw_grads is None else raw_grads
-            step = _copy_step(OptimizerStep(transitions, raw_grads, clip), self._store)
+            step = OptimizerStep(transitions, raw_grads, clip, saved["number"])
+            step = _copy_step(step, self._store)
             weights = [self._store(weight) for weight in saved["weights"]]
             losses = [recollection.make_replay(loss) for loss in saved["losses"]]
             self._steps.append((step, weights, losses))
@@ -323,7 +325,7 @@ def _copy_step(step: OptimizerStep, copy: Callable[[Tensor], Tensor]) -> Optimiz
         raw_grads = [transition.grad for transition in transitions]
     else:
         raw_grads = [copy(grad) for grad in step.raw_grads]
-    return OptimizerStep(transitions, raw_grads, step.clip)
+    return dataclasses.replace(step, transitions=transitions, raw_grads=raw_grads)
 
 
 def _write(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:

@@ -9,6 +9,7 @@ from lightning_rtho.linearization._statistics import (
     TracedLoss,
 )
 from lightning_rtho.linearization._step import step_jvp, step_vjp
+from lightning_rtho.linearization._stop_gradient import stop_gradient, value_dependence
 
 __all__ = [
     "ClipByNorm",
@@ -22,4 +23,6 @@ __all__ = [
     "cohorts",
     "step_jvp",
     "step_vjp",
+    "stop_gradient",
+    "value_dependence",
 ]

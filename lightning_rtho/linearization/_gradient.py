@@ -1,12 +1,13 @@
 """The gradient of one loss and products with its Hessian, from the loss's own graph."""
 
-from collections.abc import Sequence
-from typing import NamedTuple, final
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
 
 from lightning_rtho.linearization._statistics import TracedLoss
+from lightning_rtho.linearization._stop_gradient import stops_gradient, value_dependence
 
 __all__ = ["Linearization", "Product"]
 
@@ -34,6 +35,9 @@ class Linearization:
     one kind of product serves both modes. With v = (v_w, v_lambda),
 
         H v = (d/dw, d/dlambda) <(g_w, g_lambda), v>.
+
+    Where a gradient was stopped, the gradient's Jacobian is not symmetric; then products with it
+    and with its transpose are told apart.
 
     Statistics s(w) that the forward pass left behind join in with multipliers u: of
     L + <u, s> at u = 0, the mixed part of the Hessian is ds/dw.
@@ -83,7 +87,9 @@ class Linearization:
             [seed, *(u for _, u in pairs)],
             create_graph=True,
         )
-        _check_twice_differentiable(gradients)
+        nodes = {node.name() for node in _nodes(gradients)}
+        _check_twice_differentiable(nodes)
+        self._is_symmetric = not stops_gradient(nodes)
         self._gradients = [*gradients, *statistics]  # the derivative of L + <u, s> by u is s
         self.scaled_gradients = [g if g is None else g.detach() for g in gradients[: len(params)]]
 
@@ -140,6 +146,8 @@ class Linearization:
         """
         first_hyper, first_statistic = self._bounds
         wrt_statistics = statistic_vectors is None
+        if wrt_statistics and not self._is_symmetric:
+            return self._derivative([*param_vectors, *hyper_vectors])
         statistic_bars = [
             None if vector is None else self._scale * vector
             for vector in statistic_vectors or [None] * len(self.updates)
@@ -157,12 +165,13 @@ class Linearization:
         ]
         parts: list[Tensor | None] = [None] * len(self._inputs)
         if pairs:
-            found = _gradients(
-                [gradient for gradient, _ in pairs],
-                [self._inputs[i] for i in wanted],
-                [vector for _, vector in pairs],
-                retain_graph=True,
-            )
+            with value_dependence():
+                found = _gradients(
+                    [gradient for gradient, _ in pairs],
+                    [self._inputs[i] for i in wanted],
+                    [vector for _, vector in pairs],
+                    retain_graph=True,
+                )
             for i, part in zip(wanted, found, strict=True):
                 parts[i] = part
         return Product(
@@ -171,21 +180,60 @@ class Linearization:
             parts[first_statistic:],  # the statistics were not scaled
         )
 
+    def _derivative(self, vectors: Sequence[Tensor | None]) -> Product:
+        """Derive gradients and statistics in a direction, by the transpose of the transpose.
 
-def _check_twice_differentiable(gradients: Sequence[Tensor | None]) -> None:
+        F(u) = J^T u is linear in u, so that d<F(u), v>/du = J v.
+
+        Args:
+            vectors: v, one a weight and hyperparameter.
+
+        Returns:
+            J v.
+        """
+        first_hyper, first_statistic = self._bounds
+        outputs = [*self._gradients[:first_hyper], *self._gradients[first_statistic:]]
+        used = {i: y for i, y in enumerate(outputs) if y is not None and y.requires_grad}
+        duals = [torch.zeros_like(y).requires_grad_() for y in used.values()]
+        with value_dependence():
+            pulled = _gradients(
+                [*used.values()], self._inputs[:first_statistic], duals, create_graph=True
+            )
+        known = zip(pulled, vectors, strict=True)
+        pairs = [(f, v) for f, v in known if f is not None and v is not None]
+        parts: list[Tensor | None] = [None] * len(outputs)
+        if pairs:
+            found = _gradients(
+                [f for f, _ in pairs], duals, [v for _, v in pairs], retain_graph=True
+            )
+            for i, part in zip(used, found, strict=True):
+                parts[i] = part
+        return Product(
+            self._unscaled(parts[:first_hyper]),
+            [None] * (first_statistic - first_hyper),
+            parts[first_hyper:],
+        )
+
+
+def _check_twice_differentiable(nodes: Collection[str]) -> None:
     """Refuse what torch marks as an error in the graph but, for want of an edge, never reaches."""
-    nodes = [gradient.grad_fn for gradient in gradients if gradient is not None]
+    if "torch::autograd::Error" in nodes:
+        raise RuntimeError(
+            "The loss must be twice differentiable, got an operation whose backward pass is "
+            "marked `once_differentiable`: its part of the hypergradient would be lost without "
+            "a word. Write it in differentiable torch operations."
+        )
+
+
+def _nodes(tensors: Sequence[Tensor | None]) -> Iterator[Any]:
+    """Yield every node of the graphs of some tensors."""
+    nodes = [tensor.grad_fn for tensor in tensors if tensor is not None]
     seen = set()
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
             continue
-        if node.name() == "torch::autograd::Error":
-            raise RuntimeError(
-                "The loss must be twice differentiable, got an operation whose backward pass is "
-                "marked `once_differentiable`: its part of the hypergradient would be lost without "
-                "a word. Write it in differentiable torch operations."
-            )
+        yield node
         seen.add(node)
         nodes += [following for following, _ in node.next_functions]
 

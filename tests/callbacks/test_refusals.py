@@ -66,10 +66,6 @@ class NoLossKey(Untouched):
         return {"val_loss": super().validation_step(batch, batch_idx)}
 
 
-class Manual(Untouched):
-    automatic_optimization = False
-
-
 class OwnBackward(Untouched):
     def backward(self, loss):
         loss.backward()
@@ -193,13 +189,6 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
         MisconfigurationException,
         "does not depend on the weights",
     ),
-    "manual optimization": (
-        lambda: Manual(lr=0.1),
-        lambda: RTHO(["lr"]),
-        {},
-        MisconfigurationException,
-        "Manual optimization is not supported",
-    ),
     "own backward": (
         lambda: OwnBackward(lr=0.1),
         lambda: RTHO(["lr"]),
@@ -249,17 +238,6 @@ def test_refused_before_a_weight_has_moved(case):
     with pytest.raises(error, match=f"(?s){message}"):
         fit(module, make_callback(), **settings)
     assert all(torch.equal(p, old) for p, old in zip(module.parameters(), before, strict=True))
-
-
-def test_several_optimizers_are_refused():
-    class Two(Manual):
-        automatic_optimization = False
-
-        def configure_optimizers(self):
-            return [optim.SGD([p], lr=0.1) for p in self.parameters()]
-
-    with pytest.raises(MisconfigurationException, match="Manual optimization"):
-        fit(Two(), RTHO(["lr"]))
 
 
 class ScaledGradient(SmallNet):

@@ -186,12 +186,14 @@ def test_the_number_of_live_tensors_stays_flat():
 
     for step in range(3):
         run.step(loss(step))
+    assert run.method.take_faults() == []
     gc.collect()
     gc.disable()
     try:
         before = count()
         for step in range(30):
             run.step(loss(step))
+            run.method.take_faults()
         assert count() == before
     finally:
         gc.enable()

@@ -1,0 +1,70 @@
+"""Noticing that a loss depends on the weights in a way that its graph does not show."""
+
+import weakref
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["DetachedWeights"]
+
+
+class DetachedWeights(TorchFunctionMode):
+    """Watches a forward pass and warns where detached values enter the loss.
+
+    Values that depend on weights, but by ``detach`` or ``torch.no_grad`` carry no graph, are
+    followed until they meet a tensor that does.
+
+    Args:
+        weights: The weights, each ``[*P]``.
+    """
+
+    def __init__(self, weights: Collection[Tensor]) -> None:
+        super().__init__()
+        self._detached = {id(weight): weakref.ref(weight) for weight in weights}
+        self._warned = False
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Collection[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call a torch function and follow what it makes of detached values."""
+        output = func(*args, **(kwargs or {}))
+        if self._warned:
+            return output
+        inputs = list(_tensors((*args, *(kwargs or {}).values())))
+        if not any(x.requires_grad or self._is_detached(x) for x in inputs):
+            return output
+        for result in _tensors((output,)):
+            if not result.is_floating_point():
+                continue
+            if not result.requires_grad:
+                self._detached[id(result)] = weakref.ref(result)
+            elif torch.is_grad_enabled() and any(self._is_detached(x) for x in inputs):
+                self._warned = True
+                rank_zero_warn(
+                    "`training_step` uses values that depend on the weights but were detached "
+                    "(`detach`, `torch.no_grad` or frozen weights). Hypergradients take them for "
+                    "constants, which they are not. Use `lightning_rtho.stop_gradient(x)` for "
+                    "`x.detach()` if they shall be exact."
+                )
+        return output
+
+    def _is_detached(self, x: Tensor) -> bool:
+        known = self._detached.get(id(x))
+        return known is not None and known() is x and not x.requires_grad
+
+
+def _tensors(tree: tuple[Any, ...]) -> Iterator[Tensor]:
+    """Yield the tensors among arguments, also those in lists and tuples."""
+    for item in tree:
+        if isinstance(item, Tensor):
+            yield item
+        elif isinstance(item, (list, tuple)):
+            yield from _tensors(tuple(item))

@@ -1,0 +1,109 @@
+"""Losses that depend on the weights beside their graph: stopped gradients and detached values."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_rtho import RTHO, TRHO, KeepGraph, Recompute, stop_gradient
+from tests.callbacks.problems import (
+    FEATURES,
+    SmallNet,
+    as_hyperparameters,
+    finite_difference,
+    fit,
+    validation_loss,
+)
+
+METHODS = {
+    "forward": lambda steps: RTHO(hyper_batch_size=steps, outer_optimizer=None),
+    "recompute": lambda steps: TRHO(hyper_batch_size=steps, outer_optimizer=None, tape=Recompute()),
+    "keep graph": lambda steps: TRHO(
+        hyper_batch_size=steps, outer_optimizer=None, tape=KeepGraph()
+    ),
+}
+
+
+class Bootstrapped(SmallNet):
+    """Learns in part from its own predictions, taken as targets; each loss weighs its own error."""
+
+    stop = staticmethod(stop_gradient)
+
+    def training_step(self, batch, batch_idx):
+        x, _ = batch
+        predicted = self.net(x)
+        target = self.stop(self.net(x + 0.5) + self.l2 * self.net[-1].bias)
+        weight = 1 / (1 + self.stop(predicted) ** 2)
+        return super().training_step(batch, batch_idx) + (weight * (predicted - target) ** 2).mean()
+
+
+def normed() -> nn.Module:
+    return nn.Sequential(nn.Linear(FEATURES, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Linear(3, 1))
+
+
+@pytest.mark.parametrize("body", [None, normed], ids=["plain", "batch norm"])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_gradient_was_stopped_at_is_followed(method, body):
+    settings = {"lr": 0.1, "momentum": 0.6, "l2": 0.3}
+    callback = METHODS[method](6)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*were detached")
+        fit(Bootstrapped(body=body, **as_hyperparameters(settings)), callback, steps=6)
+
+    def loss_at(name: str, value: float) -> float:
+        module = Bootstrapped(body=body, **{**settings, name: value})
+        fit(module, steps=6)
+        return validation_loss(module)
+
+    for name, found in callback.hypergradients.items():
+        key = name.split(".")[-1]
+        expected = finite_difference(settings[key], lambda value, key=key: loss_at(key, value))
+        # Central differences err by less than 1e-8 here.
+        assert found.item() == pytest.approx(expected, rel=1e-6), name
+
+
+def test_stop_gradient_trains_as_detach_does():
+    class Detached(Bootstrapped):
+        stop = staticmethod(torch.Tensor.detach)
+
+    stopped, detached = Bootstrapped(lr=0.1), Detached(lr=0.1)
+    for module in (stopped, detached):
+        fit(module, steps=6)
+    for one, other in zip(stopped.parameters(), detached.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def no_grad(x):
+    with torch.no_grad():
+        return 1.0 * x
+
+
+@pytest.mark.parametrize("detach", [torch.Tensor.detach, no_grad], ids=["detach", "no_grad"])
+def test_detached_values_in_the_loss_are_warned_of_once(detach):
+    class Detached(SmallNet):
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            predicted = self.net(x)
+            return F.mse_loss(predicted, y) * (1 + detach(predicted).square().mean())
+
+    with pytest.warns(UserWarning, match="were detached") as warned:
+        fit(Detached(lr=0.1), RTHO(["lr"]), steps=4)
+    assert sum("were detached" in str(w.message) for w in warned) == 1
+
+
+def test_values_detached_to_be_looked_at_are_not_warned_of():
+    class Watched(SmallNet):
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            loss = super().training_step(batch, batch_idx)
+            with torch.no_grad():
+                error = (self.net(x) - y).abs().mean()
+            self.log("error", error)
+            self.log("norm", loss.detach() + self.net[0].weight.norm().item())
+            return {"loss": loss, "error": error}
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*were detached")
+        fit(Watched(torch.optim.Adam, lr=0.1), RTHO(["lr"], hyper_batch_size=2), steps=4)
