@@ -114,23 +114,30 @@ class ForwardHypergradient(AbstractHypergradient):
             self._discount_history()
         self._is_discounted = True
         linearization = Linearization(loss, self.params, self.hypers)
-        products = [
-            linearization.product(
+        statistics: list[list[Tensor | None]] = []
+        for entry in range(self.entries):
+            product = linearization.product(
                 [tangent["param"][entry] if tangent else None for tangent in self.tangents],
                 self._unit_vector(entry),
                 wrt_hypers=False,
             )
-            for entry in range(self.entries)
-        ]
-        gradients = linearization.gradients
-        for index, param in enumerate(self.params):
-            self._grads[index] = add(self._grads[index], gradients[index])
-            grad_dot = _stack([product.params[index] for product in products], like=param)
-            self._grads_dot[index] = add(self._grads_dot[index], grad_dot)
+            self._add_column(entry, product.params)
+            statistics.append(product.statistics)
+        for index, gradient in enumerate(linearization.gradients):
+            self._grads[index] = add(self._grads[index], gradient)
         for position, update in enumerate(linearization.updates):
-            columns = [product.statistics[position] for product in products]
+            columns = [found[position] for found in statistics]
             self._advance_statistic(update, _stack(columns, like=update.statistic))
         return linearization.scaled_gradients
+
+    def _add_column(self, entry: int, parts: Sequence[Tensor | None]) -> None:
+        """Add to the tangents of the gradients one column, so that only one is held beside them."""
+        for index, (param, part) in enumerate(zip(self.params, parts, strict=True)):
+            if part is not None:
+                grad_dot = self._grads_dot[index]
+                if grad_dot is None:
+                    grad_dot = self._grads_dot[index] = param.new_zeros(self.entries, *param.shape)
+                grad_dot[entry] += part
 
     def _discount_history(self) -> None:
         self.tangents = [
@@ -180,10 +187,9 @@ class ForwardHypergradient(AbstractHypergradient):
                 [self._state_dot(transition) for transition in transitions],
                 [grads_dot[i] for i in positions],
                 self._hyper_dot(transitions[0]),
+                keep=~is_finite,
             )
             for transition, tangent in zip(transitions, new_tangents, strict=True):
-                if is_finite.device.type != "cpu":  # without waiting for the device
-                    tangent = _choose(is_finite, tangent, self.tangents[transition.index])
                 self.tangents[transition.index] = tangent
         self._end_step(step)
 
@@ -245,14 +251,6 @@ class ForwardHypergradient(AbstractHypergradient):
             if tangent is not None and gradient is not None:
                 total += (tangent.reshape(self.entries, -1) @ gradient.flatten()).to(total)
         return total
-
-
-def _choose(condition: Tensor, new: StateTangent, old: StateTangent) -> StateTangent:
-    """Return one of two tangents, where missing tensors are zero."""
-    return {
-        name: torch.where(condition, value, old.get(name, torch.zeros_like(value)))
-        for name, value in new.items()
-    }
 
 
 def _stack(columns: Sequence[Tensor | None], like: Tensor) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from lightning_rtho.linearization._clipping import ClipByNorm, ClipByValue, GradientClip
 from lightning_rtho.linearization._cohort import cohort_jvp, cohorts
+from lightning_rtho.linearization._fused import fused_step_jvp
 from lightning_rtho.linearization._gradient import Linearization
 from lightning_rtho.linearization._statistics import (
     RunningStatistics,
@@ -21,6 +22,7 @@ __all__ = [
     "TracedLoss",
     "cohort_jvp",
     "cohorts",
+    "fused_step_jvp",
     "step_jvp",
     "step_vjp",
     "stop_gradient",

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from lightning_rtho._types import Hypers, State, StateTangent
 from lightning_rtho.dynamics import Transition
-from lightning_rtho.linearization._step import step_jvp
+from lightning_rtho.linearization._fused import fused_step_jvp
 
 __all__ = ["cohort_jvp", "cohorts"]
 
-_SMALL = 2**16
+_SMALL = 2**14
 """Entries up to which joining a parameter with others costs less than calling Phi for it alone."""
 
 
@@ -40,23 +40,25 @@ def cohort_jvp(
     state_dots: Sequence[StateTangent],
     grad_dots: Sequence[Tensor],
     hyper_dot: Hypers,
+    keep: Tensor,
 ) -> list[StateTangent]:
-    """Push tangents through the updates of one cohort: :func:`step_jvp` of all at once.
+    """Push tangents through the updates of one cohort: :func:`fused_step_jvp` of all at once.
 
     Args:
         transitions: The cohort.
-        state_dots: Tangent of each state, each tensor ``[m, ...]``.
+        state_dots: Tangent of each state, each tensor ``[m, ...]``; may be overwritten.
         grad_dots: Tangent of each gradient ``[m, *P]``.
         hyper_dot: Tangents of the settings, each ``[m]``.
+        keep: Whether the tangents shall stay what they are, a boolean ``[]``.
 
     Returns:
         Tangent of each new state, each tensor ``[m, ...]``.
     """
     first = transitions[0]
     if len(transitions) == 1:
-        return [step_jvp(first, state_dots[0], grad_dots[0], hyper_dot)]
+        return [fused_step_jvp(first, state_dots[0], grad_dots[0], hyper_dot, keep)]
     shapes = [transition.grad.shape for transition in transitions]
-    new_state_dot = step_jvp(
+    new_state_dot = fused_step_jvp(
         replace(
             first,
             state=_join_states([t.state for t in transitions], 0),
@@ -65,6 +67,7 @@ def cohort_jvp(
         _join_states(state_dots, 1),
         _join(grad_dots, 1),
         hyper_dot,
+        keep,
     )
     sizes = [shape.numel() for shape in shapes]
     parts: list[State] = [{} for _ in transitions]

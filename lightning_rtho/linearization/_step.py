@@ -1,12 +1,14 @@
 """The chain rule through one update of one parameter, in both directions."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lightning_rtho._types import Hypers, State, StateCotangent, StateTangent
-from lightning_rtho.dynamics import Transition
+from lightning_rtho.dynamics import Transition, UpdateRule
 
-__all__ = ["step_jvp", "step_vjp"]
+__all__ = ["dense", "push", "step_jvp", "step_vjp"]
 
 
 def step_jvp(
@@ -26,18 +28,64 @@ def step_jvp(
     References:
         Franceschi et al. (2017), Forward-HG: Z_t = A_t Z_{t-1} + B_t.
     """
-    primals = (transition.state, transition.grad, transition.hyper)
-    # Dense zeros for the others: torch pushes absent tangents through slow decompositions.
-    hyper_dot = {
-        name: hyper_dot.get(name, value.new_zeros(len(grad_dot)))
-        for name, value in transition.hyper.items()
+    hyper_dot = dense(hyper_dot, transition.hyper, len(grad_dot))
+    return push(
+        transition.rule,
+        transition.state,
+        transition.grad,
+        transition.hyper,
+        state_dot,
+        grad_dot,
+        hyper_dot,
+    )
+
+
+def dense(hyper_dot: Hypers, hyper: Hypers, entries: int) -> Hypers:
+    """Give every setting a tangent: torch pushes absent ones through slow decompositions.
+
+    Args:
+        hyper_dot: Tangents of the tuned settings, each ``[m]``.
+        hyper: All settings, each ``[]``.
+        entries: m.
+
+    Returns:
+        Tangents of all settings, each ``[m]``.
+    """
+    return {
+        name: hyper_dot[name] if name in hyper_dot else value.new_zeros(entries)
+        for name, value in hyper.items()
     }
 
-    def push(*tangents: State | Tensor) -> State:
-        pushed: State = torch.func.jvp(transition.rule, primals, tangents)[1]
+
+def push(
+    rule: UpdateRule,
+    state: State,
+    grad: Tensor,
+    hyper: Hypers,
+    state_dot: StateTangent,
+    grad_dot: Tensor,
+    hyper_dot: Hypers,
+) -> StateTangent:
+    """Push tangents through an update rule, with everything spelled out for a compiler to see.
+
+    Args:
+        rule: Phi.
+        state: State before the update, ``[*P]`` or ``[]``.
+        grad: Gradient ``[*P]``.
+        hyper: Settings, each ``[]``.
+        state_dot: Tangent of the state, each tensor ``[m, ...]``.
+        grad_dot: Tangent of the gradient ``[m, *P]``.
+        hyper_dot: Tangents of all settings, each ``[m]``.
+
+    Returns:
+        Tangent of the new state, each tensor ``[m, ...]``.
+    """
+
+    def along(*tangents: Any) -> Any:  # the compiler cannot evaluate `State | Tensor`
+        pushed: State = torch.func.jvp(rule, (state, grad, hyper), tangents)[1]
         return pushed
 
-    new_state_dot: StateTangent = torch.vmap(push)(state_dot, grad_dot, hyper_dot)
+    new_state_dot: StateTangent = torch.vmap(along)(state_dot, grad_dot, hyper_dot)
     return new_state_dot
 
 

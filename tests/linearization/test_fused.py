@@ -1,0 +1,78 @@
+"""The compiled derivatives equal the plain ones, write in place, and do without a compiler."""
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, optim
+
+from lightning_rtho.linearization import _fused, fused_step_jvp, step_jvp
+from tests.dynamics.cases import CASES, Case, warm_transition
+
+SIZE = _fused._LARGE
+CLASSES = (optim.SGD, optim.AdamW, optim.RAdam, optim.ASGD)
+"""Of one buffer, of several, with branches, with scalar buffers: compiling each takes seconds."""
+
+ONE_A_RULE = [{case.optimizer_class: case for case in CASES}[found] for found in CLASSES]
+"""The last variant of each class, with weight decay and `maximize`."""
+
+
+def _inputs(case: Case, steps: int, m: int = 2):
+    transition = warm_transition(
+        case, steps, torch.randn(2, SIZE // 2), lambda param, step: torch.sin(param + step)
+    )
+    state_dot = {name: torch.randn(m, *t.shape) for name, t in transition.state.items()}
+    hyper_dot = {name: torch.randn(m, dtype=torch.float64) for name in transition.columns}
+    return transition, state_dot, torch.randn(m, *transition.grad.shape), hyper_dot
+
+
+def _clone(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in state.items()}
+
+
+@pytest.mark.filterwarnings("error:The derivatives of the optimizer's update")
+@pytest.mark.parametrize("case", ONE_A_RULE, ids=lambda case: case.name)
+def test_fused_equals_plain_and_keeps_what_it_shall_keep(case, monkeypatch):
+    torch.compiler.reset()  # torch compiles one function a handful of times, and no more
+    monkeypatch.setattr(_fused, "_write_jvp", _fused._Compiled(_fused._write_jvp._function))
+    for steps in (0, 3):
+        transition, state_dot, grad_dot, hyper_dot = _inputs(case, steps)
+        expected = step_jvp(transition, state_dot, grad_dot, hyper_dot)
+        kept = fused_step_jvp(
+            transition, _clone(state_dot), grad_dot, hyper_dot, keep=torch.tensor(True)
+        )
+        for name, value in kept.items():
+            assert torch.equal(value, state_dot.get(name, torch.zeros_like(value)))
+        overwritten = _clone(state_dot)
+        found = fused_step_jvp(
+            transition, overwritten, grad_dot, hyper_dot, keep=torch.tensor(False)
+        )
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            # The same operations; a compiler may contract a product and a sum into one rounding.
+            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+        assert found["param"].data_ptr() == overwritten["param"].data_ptr()
+
+
+def test_without_a_compiler_it_runs_plainly_and_says_so_once(monkeypatch):
+    def missing(*args, **kwargs):
+        raise RuntimeError("no compiler found")
+
+    monkeypatch.setattr(torch, "compile", missing)
+    monkeypatch.setattr(_fused, "_write_jvp", _fused._Compiled(_fused._write_jvp._function))
+    transition, state_dot, grad_dot, hyper_dot = _inputs(CASES[0], 3)
+    expected = step_jvp(transition, state_dot, grad_dot, hyper_dot)
+
+    def push():
+        return fused_step_jvp(
+            transition, _clone(state_dot), grad_dot, hyper_dot, keep=torch.tensor(False)
+        )
+
+    with pytest.warns(UserWarning, match="no compiler found"):
+        first = push()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second = push()
+    for name, value in expected.items():
+        assert torch.equal(first[name], value)
+        assert torch.equal(second[name], value)
