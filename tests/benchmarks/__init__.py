@@ -1,0 +1,1 @@
+"""Time and memory of hypergradients, as ratios to the same training without them."""

@@ -1,0 +1,117 @@
+"""Measure time and memory of the workloads, print a table of each, and write them as JSON.
+
+python -m tests.benchmarks
+python -m tests.benchmarks --workloads phone cnn --methods rtho forward_loop --repeats 3
+python -m tests.benchmarks --quick
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.benchmarks.floor import floor
+from tests.benchmarks.growth import grow
+from tests.benchmarks.memory import peak_memory
+from tests.benchmarks.methods import METHODS, available_methods
+from tests.benchmarks.report import OUTPUT, table
+from tests.benchmarks.timing import compare
+from tests.benchmarks.workloads import WORKLOADS, Task, make_task
+
+_DEFAULT = ("phone", "cnn", "transformer", "many", "layers", "small")
+
+
+def main() -> None:
+    args = _arguments()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    args.output.mkdir(parents=True, exist_ok=True)
+    options = {"smaller": 8} if args.quick else {}
+    for workload in args.workloads:
+        if workload == "growth":
+            records = grow(options, device, repeats=args.repeats, windows=args.windows)
+            results = {**_place(device), "options": options, "records": records}
+        else:
+            results = _measure(workload, options, device, args)
+            print(f"\n{table(results)}", flush=True)
+        (args.output / f"{workload}.json").write_text(json.dumps(results, indent=1))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks", description=(__doc__ or "").splitlines()[0]
+    )
+    names = [*WORKLOADS, "growth"]
+    parser.add_argument("--workloads", nargs="+", choices=names, default=[*_DEFAULT, "growth"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="all that apply by default")
+    parser.add_argument("--repeats", type=int, default=5, help="times to go round all methods")
+    parser.add_argument("--windows", type=int, default=3, help="windows measured in each training")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, help="of torch on the CPU")
+    parser.add_argument("--no-memory", action="store_true", help="measure time alone")
+    parser.add_argument("--quick", action="store_true", help="networks of an eighth of the width")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the JSON files")
+    return parser.parse_args()
+
+
+def _measure(
+    workload: str, options: dict[str, Any], device: torch.device, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Measure one workload by all methods."""
+    methods = available_methods(WORKLOADS[workload], device)
+    if args.methods:
+        methods = [method for method in methods if method in args.methods]
+    task = make_task(workload, **options)
+    timings = compare(
+        workload, options, methods, device, repeats=args.repeats, windows=args.windows
+    )
+    memory = {}
+    if not args.no_memory:
+        memory = {m: peak_memory(workload, m, options, device) for m in ("plain", *methods)}
+    return {
+        "workload": workload,
+        "summary": task.summary,
+        "entries": task.entries,
+        "hyper_batch_size": task.hyper_batch_size,
+        "state_bytes": _state_bytes(task),
+        **_place(device),
+        "floors": {
+            m: floor(m, entries=task.entries, hyper_batch_size=task.hyper_batch_size)
+            for m in methods
+        },
+        "timings": {method: timing.as_dict() for method, timing in timings.items()},
+        "memory": memory,
+    }
+
+
+def _state_bytes(task: Task) -> int:
+    """Size of one training state: weights and the optimizer's buffers of their shape."""
+    buffers = 2 if isinstance(task.configure_optimizers(), torch.optim.Adam) else 1
+    return (1 + buffers) * sum(p.numel() * p.element_size() for p in task.net.parameters())
+
+
+def _place(device: torch.device) -> dict[str, Any]:
+    """Describe machine and versions."""
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    else:
+        threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        machine = f"CPU, {platform.machine()}, {threads}"
+    packages = ("torch", "lightning", "higher", "torchopt", "betty-ml")
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"machine": machine, "versions": versions}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""How cost grows with the number of hyperparameters, the window and the number of weights."""
+
+from typing import Any
+
+import torch
+
+from tests.benchmarks.memory import peak_memory
+from tests.benchmarks.timing import compare
+from tests.benchmarks.workloads import make_task
+
+__all__ = ["SWEEPS", "grow"]
+
+_METHODS = ("rtho", "trho_keep", "trho_recompute")
+
+SWEEPS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "entries": ("hyperparameter entries m", (1, 2, 4, 8, 16)),
+    "hyper_batch_size": ("steps of a window", (5, 20, 100)),
+    "width": ("weights", (250, 500, 1000, 2000)),
+}
+"""Options of the ``weighted`` workload that are varied one at a time: axis label and values."""
+
+
+def grow(
+    options: dict[str, Any], device: torch.device, *, repeats: int, windows: int
+) -> list[dict[str, Any]]:
+    """Measure the ``weighted`` workload at each value of each sweep.
+
+    Args:
+        options: Sizes that stay.
+        device: Where to train.
+        repeats: As :func:`tests.benchmarks.timing.compare`.
+        windows: As there, for windows of 5 steps.
+
+    Returns:
+        One record for each method at each value.
+    """
+    records = []
+    for sweep, (_, values) in SWEEPS.items():
+        for value in values:
+            sizes = options | {sweep: value}
+            weights = sum(p.numel() for p in make_task("weighted", **sizes).net.parameters())
+            few = max(1, windows * 5 // sizes.get("hyper_batch_size", 5))
+            timings = compare("weighted", sizes, _METHODS, device, repeats=repeats, windows=few)
+            plain = peak_memory("weighted", "plain", sizes, device)
+            for method, timing in timings.items():
+                memory = peak_memory("weighted", method, sizes, device)
+                records.append({
+                    "sweep": sweep,
+                    "value": weights if sweep == "width" else value,
+                    "method": method,
+                    "ratio": timing.as_dict()["ratio"],
+                    "memory_ratio": memory["training"] / plain["training"],
+                })
+                print(records[-1], flush=True)
+    return records

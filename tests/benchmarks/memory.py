@@ -1,0 +1,94 @@
+"""Peak memory of one training, in a process of its own.
+
+python -m tests.benchmarks.memory phone rtho '{"smaller": 8}'
+"""
+
+import gc
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.benchmarks.methods import METHODS
+from tests.benchmarks.workloads import make_task
+
+__all__ = ["peak_memory"]
+
+_WINDOWS = 2
+"""Windows of a training: at the second, whatever a window leaves behind is there."""
+
+
+def peak_memory(
+    workload: str, method: str, options: dict[str, Any], device: torch.device
+) -> dict[str, int]:
+    """Measure in another process.
+
+    Args:
+        workload: Its name in ``WORKLOADS``.
+        method: Its name in ``METHODS``.
+        options: Sizes of the workload.
+        device: Where to train.
+
+    Returns:
+        In bytes, ``process``: the peak of the whole process, libraries included, and ``training``:
+        the peak above what the libraries take after a training of tiny size. On CUDA both are the
+        peak of allocated device memory.
+    """
+    arguments = [workload, method, json.dumps(options), device.type]
+    command = [sys.executable, "-m", "tests.benchmarks.memory", *arguments]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    if finished.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{finished.stderr[-2000:]}")
+    measured: dict[str, int] = json.loads(finished.stdout.splitlines()[-1])
+    return measured
+
+
+def _measure(
+    workload: str, method: str, options: dict[str, Any], device: torch.device
+) -> dict[str, int]:
+    _train(workload, method, options | {"smaller": 16}, device)  # imports, thread pools, compilers
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = 0
+    else:
+        before = _reset_peak()
+    _train(workload, method, options, device)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak()
+    return {"process": peak, "training": peak - before}
+
+
+def _train(workload: str, method: str, options: dict[str, Any], device: torch.device) -> None:
+    task = make_task(workload, **options)
+    METHODS[method](task, device, _WINDOWS * task.hyper_batch_size, lambda: None)
+
+
+_STATUS = Path("/proc/self/status")
+
+
+def _reset_peak() -> int:
+    """Begin a new peak where the system can; return the resident bytes that it begins from."""
+    if _STATUS.exists():
+        Path("/proc/self/clear_refs").write_text("5")  # of this process alone
+    return _peak()
+
+
+def _peak() -> int:
+    """Return the largest number of resident bytes so far.
+
+    Not by `getrusage` on Linux: a child begins there with the peak of the process it was forked
+    from.
+    """
+    if _STATUS.exists():
+        line = next(x for x in _STATUS.read_text().splitlines() if x.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+if __name__ == "__main__":
+    _workload, _method, _options, _device = sys.argv[1:]
+    print(json.dumps(_measure(_workload, _method, json.loads(_options), torch.device(_device))))

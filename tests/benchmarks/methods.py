@@ -1,0 +1,146 @@
+"""The ways to train a task that are compared, each under the name it has in the tables."""
+
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lightning_rtho import RTHO, TRHO, KeepGraph, Offload, Recompute
+from lightning_rtho.callbacks import HypergradientCallback
+from tests.benchmarks import loops, peers
+from tests.benchmarks.workloads import Task
+
+__all__ = ["METHODS", "TITLES", "Method", "available_methods"]
+
+
+class Method(Protocol):
+    """Trains a task for some steps."""
+
+    def __call__(
+        self, task: Task, device: torch.device, steps: int, after_step: Callable[[], None]
+    ) -> Tensor | None:
+        """Train.
+
+        Args:
+            task: The task, fresh.
+            device: Where to train it.
+            steps: Optimizer steps, a multiple of the task's `hyper_batch_size`.
+            after_step: Called after each, the outer update of the last of a window included.
+
+        Returns:
+            The last hypergradient ``[m]``; None where there is none.
+        """
+
+
+class _AfterStep(L.Callback):
+    """Calls a function after each step; stands behind the callback that is measured."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.function = function
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.function()
+
+
+def _fit(make_callback: Callable[[Task], HypergradientCallback] | None = None) -> Method:
+    """Train by ``Trainer.fit``, with a callback or without."""
+
+    def train(
+        task: Task, device: torch.device, steps: int, after_step: Callable[[], None]
+    ) -> Tensor | None:
+        callbacks = [] if make_callback is None else [make_callback(task)]
+        silence_lightning()
+        trainer = L.Trainer(
+            accelerator="gpu" if device.type == "cuda" else "cpu",
+            devices=1,
+            max_steps=steps,
+            callbacks=[*callbacks, _AfterStep(after_step)],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            limit_val_batches=1,
+            check_val_every_n_epoch=1000,
+        )
+        trainer.fit(task, task.loader(1, steps), task.loader(2, steps))
+        for callback in callbacks:
+            if callback.start_step < steps:
+                # A hypergradient that is not finite would be thrown away, and work saved.
+                if len(callback.schedule) != steps // task.hyper_batch_size:
+                    raise RuntimeError("An outer update is missing: the training diverged.")
+                return torch.cat([part.flatten() for part in callback.hypergradients.values()])
+        return None
+
+    return train
+
+
+def silence_lightning() -> None:
+    """Let the trainer announce nothing."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", ".*does not have many workers")
+    warnings.filterwarnings("ignore", ".*made no update")  # of the idle method
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning 2.6 with torch 2.13
+
+
+def _outer(raw: list[Tensor]) -> torch.optim.Optimizer:
+    """Make the whole outer step, but a small one: all methods train at about the same values."""
+    return torch.optim.Adam(raw, lr=1e-4)
+
+
+def _rtho(**settings: Any) -> Method:
+    return _fit(
+        lambda task: RTHO(
+            hyper_batch_size=task.hyper_batch_size, outer_optimizer=_outer, **settings
+        )
+    )
+
+
+def _trho(make_tape: Callable[[], Any]) -> Method:
+    return _fit(
+        lambda task: TRHO(
+            hyper_batch_size=task.hyper_batch_size, outer_optimizer=_outer, tape=make_tape()
+        )
+    )
+
+
+METHODS: dict[str, Method] = {
+    "plain": _fit(),
+    "rtho": _rtho(),
+    "trho_keep": _trho(KeepGraph),
+    "trho_recompute": _trho(Recompute),
+    "trho_offload": _trho(Offload),
+    "idle": _rtho(start_step=10**9),
+    "forward_loop": loops.forward_loop,
+    "reverse_loop": loops.reverse_loop,
+    "higher": peers.higher,
+    "torchopt": peers.torchopt,
+    "betty": peers.betty,
+}
+
+TITLES = {
+    "plain": "plain `Trainer.fit`",
+    "rtho": "`RTHO()`",
+    "trho_keep": "`TRHO(tape=KeepGraph())`",
+    "trho_recompute": "`TRHO(tape=Recompute())`",
+    "trho_offload": '`TRHO(tape=Offload("cpu"))`',
+    "idle": "`RTHO(start_step=...)`, observing nothing yet",
+    "forward_loop": "forward mode by hand",
+    "reverse_loop": "reverse mode by hand, unrolled",
+    "higher": "higher",
+    "torchopt": "TorchOpt",
+    "betty": "Betty",
+}
+
+
+def available_methods(task: type[Task], device: torch.device) -> list[str]:
+    """Name the methods that a task is trained by here, without the plain one."""
+    return [
+        name
+        for name in task.methods
+        if peers.is_available(name) and (device.type == "cuda" or name != "trho_offload")
+    ]

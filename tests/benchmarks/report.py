@@ -1,0 +1,136 @@
+"""Tables and the figure of what was measured.
+
+python -m tests.benchmarks.report
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.growth import SWEEPS
+from tests.benchmarks.methods import TITLES
+from tests.benchmarks.workloads import WORKLOADS
+
+__all__ = ["OUTPUT", "table"]
+
+_HERE = Path(__file__).parent
+OUTPUT = _HERE / "output"
+
+_NOTES = """\
+Made by `python -m tests.benchmarks` and `python -m tests.benchmarks.report`.
+
+- **Time**: seconds a step over those of the same `Trainer.fit` without a callback, run just before and just after in the same process; the first window of each is left out. Median over repeats, smallest and largest in brackets. Evaluations of the outer objective, on a validation batch as large as a training batch, are part of every method.
+- **Floor**: counted passes, with 3 F for a plain gradient: RTHO 3 F + 6 m F, TRHO 9 F with kept graphs and 12 F recomputing, less the last product of a window, of which only the hyperparameters' part is needed. The outer objective's gradient, 1 / window more, is not in it.
+- **Memory**: peak of a training in a process of its own, over that of plain training. `training` is counted above what the libraries take, `process` with them. `states` is the peak above plain training's in units of one training state (weights and optimizer buffers).
+- Loops by hand and peers train without Lightning and leave the hyperparameters where they are; a test holds their hypergradients against ours.
+- Betty 0.2.1 runs with three repairs: its `IterativeProblem` patches the optimizer twice, reads an attribute that is not there, and is installed by `pip install --ignore-requires-python betty-ml` on Python 3.11 and later.
+"""  # noqa: E501
+
+
+def table(results: dict[str, Any]) -> str:
+    """Lay out the results of one workload as a table.
+
+    Args:
+        results: What was measured of it.
+
+    Returns:
+        The table, in Markdown.
+    """
+    rows = [["method", "floor", "time", "memory, training", "memory, process", "states"]]
+    milliseconds = results["workload"] == "small"
+    if milliseconds:
+        rows[0].append("ms above plain")
+    plain = results["memory"].get("plain")
+    for method, timing in results["timings"].items():
+        ratios = timing["ratios"]
+        row = [
+            TITLES[method],
+            f"{results['floors'][method]:.1f}",
+            f"**{timing['ratio']:.2f}** ({min(ratios):.2f}-{max(ratios):.2f})",
+        ]
+        memory = results["memory"].get(method)
+        if memory and plain and plain["training"] > 0:
+            above = memory["training"] - plain["training"]
+            row += [
+                f"{memory['training'] / plain['training']:.2f}",
+                f"{memory['process'] / plain['process']:.2f}",
+                f"{above / results['state_bytes']:.1f}",
+            ]
+        else:
+            row += ["-"] * 3
+        if milliseconds:
+            row.append(f"{timing['milliseconds_above_plain']:.2f}")
+        rows.append(row)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    heading = (
+        f"**{results['workload']}**: {results['summary']}; m = {results['entries']}, "
+        f"window {results['hyper_batch_size']}"
+    )
+    return "\n".join([heading, "", *lines])
+
+
+def machine(results: dict[str, Any]) -> str:
+    """Say in a line where and with what something was measured."""
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    return f"{results['machine']}; {versions}"
+
+
+def draw(records: list[dict[str, Any]], path: Path) -> None:
+    """Draw time and memory over what was varied."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6), sharey="row", layout="constrained")
+    for column, (sweep, (label, _)) in zip(axes.T, SWEEPS.items(), strict=True):
+        for row, key in zip(column, ("ratio", "memory_ratio"), strict=True):
+            for method in dict.fromkeys(record["method"] for record in records):
+                points = sorted(
+                    (record["value"], record[key])
+                    for record in records
+                    if record["sweep"] == sweep and record["method"] == method
+                )
+                row.plot(*zip(*points, strict=True), marker="o", label=TITLES[method].strip("`"))
+            row.set_xscale("log")
+            row.set_yscale("log")
+            row.grid(alpha=0.25, which="both")
+        column[1].set_xlabel(label)
+    axes[0, 0].set_ylabel("time a step / plain")
+    axes[1, 0].set_ylabel("peak memory / plain")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Turn measurements into RESULTS.md and a figure.")
+    parser.add_argument("--input", type=Path, default=OUTPUT, help="folder of the measurements")
+    parser.add_argument("--output", type=Path, default=_HERE, help="folder of the report")
+    args = parser.parse_args()
+    found = [args.input / f"{name}.json" for name in WORKLOADS]
+    measured = [json.loads(path.read_text()) for path in found if path.exists()]
+    if not measured:
+        raise SystemExit(f"Nothing in {args.input}: run `python -m tests.benchmarks` first.")
+    parts = ["# Benchmarks", _NOTES]
+    for place in dict.fromkeys(machine(results) for results in measured):
+        parts += [f"## {place}", *(table(r) for r in measured if machine(r) == place)]
+    growth = args.input / "growth.json"
+    if growth.exists():
+        results = json.loads(growth.read_text())
+        draw(results["records"], args.output / "growth.png")
+        parts += [
+            "## Growth",
+            f"The phone network at width {results['options'].get('width', 500)}, m weights for its "
+            f"examples, window 5, where not varied ({machine(results)}).",
+            "![Cost over hyperparameters, window and weights](growth.png)",
+        ]
+    (args.output / "RESULTS.md").write_text("\n\n".join(part.strip() for part in parts) + "\n")
+    print(f"Wrote {args.output / 'RESULTS.md'}")
+
+
+if __name__ == "__main__":
+    main()
