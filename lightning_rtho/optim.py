@@ -1,6 +1,6 @@
 """A torch optimizer that knows its own update rule."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,13 +180,14 @@ class DifferentiableOptimizer(Optimizer):
                     continue
                 if param.device not in hypers:
                     hypers[param.device] = read_hypers(self.rule_class, group, param.device)
+                _match_layout(self.state.get(param, {}), param.grad)
                 state = read_state(self.rule_class, self.optimizer, param)
                 found.append(
                     Transition(
                         index,
                         rule,
                         {**self._derivative_buffers.get(param, {}), **state},
-                        param.grad,
+                        param.grad.to_dense(),
                         hypers[param.device],
                         tuned,
                         slopes,
@@ -330,6 +331,13 @@ def _find_sites(optimizer: Optimizer, rule_class: type[UpdateRule]) -> list[_Sit
                     )
                 sites.append(_Site(number, setting, item))
     return sites
+
+
+def _match_layout(buffers: MutableMapping[str, Any], grad: Tensor) -> None:
+    """Make buffers of sparse gradients dense before a dense one comes: torch cannot add it."""
+    if not grad.is_sparse:
+        dense = {k: v.to_dense() for k, v in buffers.items() if getattr(v, "is_sparse", False)}
+        buffers.update(dense)
 
 
 def _cohort(group: int, state: State, step: Tensor | None) -> tuple[int, float] | None:

@@ -82,11 +82,13 @@ def check_modules(trainer: Trainer, module: LightningModule) -> None:
         MisconfigurationException: If a layer cannot be followed.
     """
     for name, layer in module.named_modules():
-        if getattr(layer, "sparse", False) and isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
+        if isinstance(layer, nn.EmbeddingBag):
             raise MisconfigurationException(
-                f"`{name}` has sparse gradients, which have no second derivative. Use "
-                f"`{type(layer).__name__}(..., sparse=False)`."
+                f"`{name}` is an EmbeddingBag, which has no second derivative. Use `nn.Embedding` "
+                "and sum over the bag."
             )
+        if isinstance(layer, nn.Embedding):
+            _check_embedding(trainer, name, layer)
         if trainer.world_size > 1 and isinstance(layer, _BatchNorm):
             raise MisconfigurationException(
                 f"`{name}` is normalized by batch, which is not followed over several processes. "
@@ -105,6 +107,24 @@ def check_modules(trainer: Trainer, module: LightningModule) -> None:
                 f"`{name}` is normalized by its spectral norm, whose power iteration cannot be "
                 "followed. Remove the normalization, or bound the weight in the loss."
             )
+
+
+def _check_embedding(trainer: Trainer, name: str, layer: nn.Embedding) -> None:
+    if layer.max_norm is not None:
+        raise MisconfigurationException(
+            f"`{name}` shortens its weights whenever it runs, which cannot be followed. Use "
+            "`Embedding(..., max_norm=None)` and bound them in the loss."
+        )
+    if layer.scale_grad_by_freq:
+        raise MisconfigurationException(
+            f"`{name}` gives a gradient that is not that of the loss. Use "
+            "`Embedding(..., scale_grad_by_freq=False)`."
+        )
+    if layer.sparse and trainer.world_size > 1:
+        raise MisconfigurationException(
+            f"`{name}` has sparse gradients, which are not followed over several processes. Use "
+            "`Embedding(..., sparse=False)`, or `Trainer(devices=1)`."
+        )
 
 
 def check_optimizers(trainer: Trainer) -> None:

@@ -20,7 +20,8 @@ def twice_differentiable_kernels(module: nn.Module) -> Iterator[None]:
     """Choose, for a forward pass, implementations that have a second derivative.
 
     Attention and weight normalization are computed by their plain formulas, recurrent layers by
-    torch's own kernels rather than cuDNN's, and compiled modules run eagerly.
+    torch's own kernels rather than cuDNN's, gradients of embeddings are dense, and compiled modules
+    run eagerly.
 
     Args:
         module: The module that runs; it may not checkpoint activations the reentrant way.
@@ -31,6 +32,7 @@ def twice_differentiable_kernels(module: nn.Module) -> Iterator[None]:
         stack.enter_context(mock.patch.object(CheckpointFunction, "apply", _refuse_checkpoint))
         # Private: torch's fused kernel has a second derivative, and it is wrong (torch 2.13).
         stack.enter_context(mock.patch.object(torch, "_weight_norm", _weight_norm))
+        stack.enter_context(mock.patch.object(torch, "embedding", _dense_embedding))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if any(isinstance(layer, nn.RNNBase) for layer in module.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
@@ -42,6 +44,20 @@ def twice_differentiable_kernels(module: nn.Module) -> Iterator[None]:
 def _weight_norm(direction: Tensor, length: Tensor, dim: int = 0) -> Tensor:
     """Weight of given direction and length: w = g v / |v|, the norm over all axes but one."""
     return direction * (length / torch.norm_except_dim(direction, 2, dim))
+
+
+_embedding = torch.embedding
+
+
+def _dense_embedding(
+    weight: Tensor,
+    indices: Tensor,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Rows of a table, with a gradient of the table's own layout."""
+    return _embedding(weight, indices, padding_idx, scale_grad_by_freq)
 
 
 def _refuse_checkpoint(*args: Any) -> NoReturn:

@@ -194,13 +194,13 @@ def read_state(rule: type[UpdateRule], optimizer: Optimizer, param: Tensor) -> S
         param: One of its parameters ``[*P]``.
 
     Returns:
-        The state, which shares memory with the parameter ``[*P]`` and its buffers, ``[*P]`` or
-        ``[]``.
+        The state, which shares memory with the parameter ``[*P]`` and its dense buffers, ``[*P]``
+        or ``[]``.
     """
     buffers = optimizer.state.get(param, {})
     state = {"param": param.detach()}
     for name in rule.buffers:
         value = buffers.get(name)
         if value is not None:  # torch keeps step counts on the CPU
-            state[name] = value.to(param.device)
+            state[name] = value.to(param.device).to_dense()  # SGD's velocity may be sparse
     return state

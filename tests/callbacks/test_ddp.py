@@ -139,11 +139,18 @@ def test_static_graph_is_refused():
         fit(SmallNet(lr=0.1), RTHO(["lr"]), strategy=strategy)
 
 
-def test_batch_norm_over_several_processes_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (lambda: nn.BatchNorm1d(4), "`net.1` is normalized by batch"),
+        (lambda: nn.Embedding(4, 4, sparse=True), "`net.1` has sparse gradients"),
+    ],
+)
+def test_layers_that_are_not_followed_over_several_processes_are_refused(layer, message):
     from types import SimpleNamespace
 
     from lightning_rtho.callbacks._checks import check_modules
 
-    module = SmallNet(body=lambda: nn.Sequential(nn.Linear(FEATURES, 4), nn.BatchNorm1d(4)))
-    with pytest.raises(MisconfigurationException, match=r"`net.1` is normalized by batch"):
+    module = SmallNet(body=lambda: nn.Sequential(nn.Linear(FEATURES, 4), layer()))
+    with pytest.raises(MisconfigurationException, match=message):
         check_modules(SimpleNamespace(world_size=2), module)

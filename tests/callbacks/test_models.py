@@ -11,7 +11,15 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_rtho import RTHO, TRHO, KeepGraph
-from tests.callbacks.problems import FEATURES, SmallNet, finite_difference, fit, validation_loss
+from tests.callbacks.problems import (
+    FEATURES,
+    VAL_SIZE,
+    SmallNet,
+    finite_difference,
+    fit,
+    loader,
+    validation_loss,
+)
 
 METHODS = {
     "forward": lambda: RTHO(["lr"], hyper_batch_size=4, outer_optimizer=None),
@@ -159,7 +167,12 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "once differentiable": (Once, "`once_differentiable`"),
     "reentrant checkpointing": (lambda: Checkpointed(use_reentrant=True), "`use_reentrant=False`"),
     "complex": (Complex, "is complex"),
-    "sparse embedding": (lambda: Embedded(sparse=True), "`net.table` has sparse gradients"),
+    "bag of embeddings": (lambda: around(nn.EmbeddingBag(4, 4)), "`net.1` is an EmbeddingBag"),
+    "embedding that shortens": (lambda: Embedded(max_norm=1.0), "`net.table` shortens its weights"),
+    "embedding scaled by frequency": (
+        lambda: Embedded(scale_grad_by_freq=True),
+        "`net.table` gives a gradient that is not",
+    ),
     "spectral norm": (
         lambda: around(nn.utils.spectral_norm(nn.Linear(4, 4))),
         "`net.1` is normalized by its spectral norm",
@@ -173,6 +186,87 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "`net.1` keeps running statistics",
     ),
 }
+
+
+class Words(SmallNet):
+    """A sparse table of which each batch reads some rows, some of them twice.
+
+    No penalty: it would make the gradient dense.
+    """
+
+    def __init__(self, optimizer: Any, *, sparse: bool = True, **settings: Any) -> None:
+        super().__init__(optimizer, body=lambda: Embedded(sparse=sparse), **settings)
+        self.sparse_steps = 0
+
+    def training_step(self, batch, batch_idx):
+        return self.validation_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        words = (2 * x[:, 0] + 2).round().long().clamp(0, 4)
+        return F.mse_loss(self.net.outward(self.net.table(words).tanh()), y)
+
+    def on_before_optimizer_step(self, optimizer):
+        self.sparse_steps += self.net.table.weight.grad.is_sparse
+
+    def error(self) -> float:
+        (batch,) = loader(VAL_SIZE, seed=2, batch_size=VAL_SIZE)
+        with torch.no_grad():
+            return self.validation_step(batch, 0).item()
+
+
+SPARSE_SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {"optimizer": optim.SGD},
+    "momentum": {"optimizer": optim.SGD, "momentum": 0.5, "dampening": 0.2},
+    "nesterov": {"optimizer": optim.SGD, "momentum": 0.5, "nesterov": True},
+    "adagrad": {"optimizer": optim.Adagrad, "lr_decay": 0.1},
+}
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("settings", SPARSE_SETTINGS)
+def test_sparse_embedding_followed_exactly(settings, accumulated):
+    def loss_at(lr: float) -> float:
+        module = Words(**SPARSE_SETTINGS[settings], lr=lr)
+        fit(module, steps=4, accumulate_grad_batches=accumulated)
+        assert module.sparse_steps == 4
+        return module.error()
+
+    reference = finite_difference(0.1, loss_at)
+    for method, make in METHODS.items():
+        module, callback = Words(**SPARSE_SETTINGS[settings], lr=0.1), make()
+        fit(module, callback, steps=4, accumulate_grad_batches=accumulated)
+        assert module.sparse_steps == (4 if method == "recompute" else 0)
+        # Differences err by 1e-10 of the loss; see `finite_difference`.
+        assert callback.hypergradients["lr"].item() == pytest.approx(reference, rel=1e-6), method
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("settings", SPARSE_SETTINGS)
+def test_observer_of_a_sparse_embedding_changes_nothing(settings, method):
+    torch.set_default_dtype(torch.float32)
+    weights = []
+    for callbacks in ([], [METHODS[method]()]):
+        module = Words(**SPARSE_SETTINGS[settings], lr=0.1)
+        fit(module, *callbacks, steps=8)
+        weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    if method == "recompute":
+        assert torch.equal(*weights)
+    else:  # the dense gradient sums a row's entries in another order
+        torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", SPARSE_SETTINGS)
+def test_run_of_a_sparse_embedding_is_taken_up_where_it_stands(settings):
+    makers = (RTHO, TRHO, lambda *args, **kw: TRHO(*args, tape=KeepGraph(), **kw))
+    found = []
+    for make in makers:
+        callback = make(["lr"], hyper_batch_size=4, start_step=3, outer_optimizer=None)
+        fit(Words(**SPARSE_SETTINGS[settings], lr=0.1), callback, steps=7)
+        found.append(callback.hypergradients["lr"].item())
+    # The methods round differently; nothing else is between them.
+    assert found[0] == pytest.approx(found[1], rel=1e-12)
+    assert found[0] == pytest.approx(found[2], rel=1e-12)
 
 
 @pytest.mark.parametrize("method", METHODS)
