@@ -1,5 +1,9 @@
 """A run resumed from a checkpoint goes on bitwise as if it had not been interrupted."""
 
+import signal
+import subprocess
+import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,7 +62,13 @@ def make_module() -> SmallNet:
 
 def run(callback: L.Callback | None, path: Path, **settings: Any) -> tuple[SmallNet, L.Trainer]:
     module = make_module()
-    checkpoint = ModelCheckpoint(path, save_top_k=-1, every_n_train_steps=1, filename="{step}")
+    checkpoint = ModelCheckpoint(
+        path,
+        save_top_k=-1,
+        every_n_train_steps=1,
+        filename="{step}",
+        save_last=settings.pop("save_last", None),
+    )
     ckpt_path = settings.pop("ckpt_path", None)
     L.seed_everything(settings.pop("seed", 7), verbose=False)
     trainer = L.Trainer(
@@ -137,6 +147,58 @@ def test_rest_of_the_run_is_bitwise_the_uninterrupted_one(
     resumed = METHODS[method]()
     settings = {"accumulate_grad_batches": accumulate, "ckpt_path": file, "seed": 99}
     found = final(*run(resumed, tmp_path, **settings), resumed)
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+KILLED_RUN = """
+import os, pathlib, signal, sys
+import torch
+from fsspec.implementations.local import LocalFileOpener
+from tests.callbacks.test_checkpoint import METHODS, run
+
+folder, method, last_write = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+writes = 0
+
+def write(self, content):
+    global writes
+    writes += 1
+    if writes < last_write:
+        return self.f.write(content)
+    self.f.write(memoryview(content)[: len(content) // 2])
+    self.f.flush()
+    print(self.f.name, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+LocalFileOpener.write = write
+torch.set_default_dtype(torch.float64)
+run(METHODS[method](), folder, save_last=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="the system kills in no such way")
+@pytest.mark.parametrize(("method", "killed_file"), [("rtho", "step=7"), ("recompute", "last")])
+def test_run_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(
+    method, killed_file, whole_runs, tmp_path
+):
+    writes = 2 * 6 + (1 if killed_file == "step=7" else 2)  # two files a step, `last` second
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_RUN, str(tmp_path), method, str(writes)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    half_written = Path(killed.stdout.split()[-1])
+    assert half_written.stat().st_size > 0
+    assert not zipfile.is_zipfile(half_written)
+    half_written.unlink()
+    resumed = METHODS[method]()
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 6
+    settings = {"ckpt_path": tmp_path / "last.ckpt", "seed": 99}
+    found = final(*run(resumed, tmp_path / "rest", **settings), resumed)
+    expected, _ = whole_runs(method, 1)
     assert found.keys() == expected.keys()
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
 
