@@ -325,6 +325,7 @@ class HypergradientCallback(Callback):
                 "steps": self._run.steps,
                 "next_update": self._next_update,
                 "nonfinite_steps": self._nonfinite_steps,
+                "parameters": self._run.parameter_names,
                 "method": self._run.method.state_dict(),
                 "objective": self._objective.state_dict(),
                 "descent": None if self._descent is None else self._descent.state_dict(),
@@ -364,6 +365,7 @@ class HypergradientCallback(Callback):
         run = state["run"]
         self._run.steps, self._next_update = run["steps"], run["next_update"]
         self._nonfinite_steps = run["nonfinite_steps"]
+        self._run.order_parameters(run["parameters"])
         self._run.method.load_state_dict(run["method"], self._run.recollection())
         self._objective.load_state_dict(run["objective"])
         if self._descent is not None and run["descent"] is not None:

@@ -265,6 +265,22 @@ class FollowedRun:
             self.method.record(TracedLoss(nothing, updates), None)
         self._statistics.start()
 
+    @property
+    def parameter_names(self) -> list[str]:
+        """Names of the parameters, in the order in which the method knows them."""
+        names: dict[Tensor, str] = {param: name for name, param in self._module.named_parameters()}
+        return [names.get(param, f"{i}") for i, param in enumerate(self.method.params)]
+
+    def order_parameters(self, names: Sequence[str]) -> None:
+        """Let a method that has seen no step know the parameters in the order of another run."""
+        params = dict(zip(self.parameter_names, self.method.params, strict=True))
+        if params.keys() != set(names):
+            raise MisconfigurationException(
+                f"The checkpoint was written by a run that trained {sorted(names)}, but this one "
+                f"trains {sorted(params)}. Resume with the same parameters in the optimizer."
+            )
+        self.method.params = [params[name] for name in names]
+
     def recollection(self) -> Recollection:
         """Return what this run knows of the steps that a checkpoint holds."""
         return Recollection(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader
@@ -60,8 +60,14 @@ def make_module() -> SmallNet:
     )
 
 
-def run(callback: L.Callback | None, path: Path, **settings: Any) -> tuple[SmallNet, L.Trainer]:
-    module = make_module()
+def run(
+    callback: L.Callback | None,
+    path: Path,
+    *others: L.Callback,
+    module: SmallNet | None = None,
+    **settings: Any,
+) -> tuple[SmallNet, L.Trainer]:
+    module = make_module() if module is None else module
     checkpoint = ModelCheckpoint(
         path,
         save_top_k=-1,
@@ -75,7 +81,7 @@ def run(callback: L.Callback | None, path: Path, **settings: Any) -> tuple[Small
         accelerator="cpu",
         max_steps=STEPS,
         max_epochs=-1,
-        callbacks=[c for c in (callback, checkpoint) if c is not None],
+        callbacks=[c for c in (callback, *others, checkpoint) if c is not None],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -149,6 +155,80 @@ def test_rest_of_the_run_is_bitwise_the_uninterrupted_one(
     found = final(*run(resumed, tmp_path, **settings), resumed)
     assert found.keys() == expected.keys()
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+class Growing(SmallNet):
+    """Trains its last layer, and from the fourth and fifth step on its second and its first."""
+
+    def __init__(self, *, grown: bool = False) -> None:
+        layers = lambda: nn.Sequential(*(nn.Linear(FEATURES, FEATURES) for _ in range(3)))
+        super().__init__(optim.SGD, body=layers, lr=Hyperparameter(0.1, Positive()))
+        self.grown = grown
+
+    def configure_optimizers(self):
+        optimizer = optim.SGD(self.net[2].parameters(), lr=self.settings["lr"], momentum=0.5)
+        if self.grown:
+            self.grow(optimizer, 3)
+            self.grow(optimizer, 4)
+        return optimizer
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if not self.grown:
+            self.grow(self.trainer.optimizers[0], self.global_step)
+
+    def grow(self, optimizer: optim.Optimizer, step: int) -> None:
+        if step in (3, 4):
+            optimizer.add_param_group({"params": self.net[4 - step].parameters(), "lr": 0.02})
+
+
+class Thawing(BackboneFinetuning):
+    """Thaws what it has thawed before; Lightning's own leaves it frozen when it resumes."""
+
+    def __init__(self) -> None:
+        super().__init__(1, lambda epoch: 1.0, backbone_initial_lr=0.03)
+
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        super().on_fit_start(trainer, module)
+        for group in trainer.optimizers[0].param_groups:
+            for param in group["params"]:
+                param.requires_grad_()
+
+
+class TwoParts(SmallNet):
+    def __init__(self) -> None:
+        super().__init__(optim.SGD, lr=Hyperparameter(0.1, Positive()))
+        self.backbone = self.net[0]
+
+    def configure_optimizers(self):
+        return optim.SGD(self.net[2].parameters(), lr=self.settings["lr"], momentum=0.5)
+
+
+ADDED = {
+    "backbone": lambda resumes: (TwoParts(), [Thawing()]),
+    "bystanders": lambda resumes: (Growing(grown=resumes), []),
+}
+
+
+@pytest.mark.parametrize("method", ["rtho", "recompute"])
+@pytest.mark.parametrize("added", ADDED)
+def test_run_whose_optimizer_was_given_groups_resumes_bitwise(added, method, tmp_path):
+    found = []
+    for ckpt_path in (None, tmp_path / "step=7.ckpt"):
+        callback = METHODS[method]()
+        module, others = ADDED[added](ckpt_path is not None)
+        found.append(
+            final(*run(callback, tmp_path, *others, module=module, ckpt_path=ckpt_path), callback)
+        )
+    whole, resumed = found
+    assert whole.keys() == resumed.keys()
+    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+
+
+def test_checkpoint_of_other_parameters_is_refused(tmp_path):
+    run(RTHO(hyper_batch_size=3), tmp_path, Thawing(), module=TwoParts())
+    settings = {"module": TwoParts(), "ckpt_path": tmp_path / "step=3.ckpt"}
+    with pytest.raises(MisconfigurationException, match="this one trains .*backbone"):
+        run(RTHO(hyper_batch_size=3), tmp_path / "rest", **settings)
 
 
 KILLED_RUN = """
