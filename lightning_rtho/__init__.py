@@ -20,6 +20,7 @@ from lightning_rtho.hyperparameters import (
     NonNegative,
     Positive,
     Real,
+    load_hyperparameters,
 )
 from lightning_rtho.linearization import stop_gradient
 from lightning_rtho.optim import DifferentiableOptimizer
@@ -42,6 +43,7 @@ __all__ = [
     "Recompute",
     "UpdateRule",
     "__version__",
+    "load_hyperparameters",
     "register_rule",
     "stop_gradient",
 ]

@@ -1,6 +1,9 @@
 """Hyperparameters, their domains, and where a module declares them."""
 
-from lightning_rtho.hyperparameters._declared import declared_hyperparameters
+from lightning_rtho.hyperparameters._declared import (
+    declared_hyperparameters,
+    load_hyperparameters,
+)
 from lightning_rtho.hyperparameters._domains import Domain, Interval, NonNegative, Positive, Real
 from lightning_rtho.hyperparameters._hyperparameter import Hyperparameter
 
@@ -12,4 +15,5 @@ __all__ = [
     "Positive",
     "Real",
     "declared_hyperparameters",
+    "load_hyperparameters",
 ]

@@ -1,13 +1,13 @@
 """The hyperparameters that a module declares as attributes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 from lightning_rtho.hyperparameters._hyperparameter import Hyperparameter
 
-__all__ = ["declared_hyperparameters"]
+__all__ = ["declared_hyperparameters", "load_hyperparameters"]
 
 
 def declared_hyperparameters(module: nn.Module) -> dict[str, Hyperparameter]:
@@ -41,6 +41,35 @@ def declared_hyperparameters(module: nn.Module) -> dict[str, Hyperparameter]:
             if not any(hyperparameter is known for known in found.values()):
                 found[name] = hyperparameter
     return found
+
+
+def load_hyperparameters(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Give the hyperparameters that a module declares the values that they have in a checkpoint.
+
+    With a callback that tunes them a run does so by itself. Without one, call this from the
+    module's ``on_load_checkpoint``: the tuned settings of an optimizer are part of its state, but
+    a hyperparameter of the loss is the module's own attribute, of which Lightning keeps nothing.
+
+    Args:
+        module: The module; of what it does not declare nothing is taken.
+        checkpoint: What Lightning has read from the file; one that was written without a
+            hypergradient callback changes nothing.
+
+    Example:
+        >>> import torch
+        >>> from lightning_rtho import Hyperparameter, Positive
+        >>> module = nn.Linear(1, 1)
+        >>> module.l2 = Hyperparameter(0.1, Positive())
+        >>> tuned = {"hyperparameters": {"l2": torch.tensor(0.2, dtype=torch.float64)}}
+        >>> load_hyperparameters(module, {"callbacks": {"RTHO": tuned}})
+        >>> module.l2.item()
+        0.2
+    """
+    declared = declared_hyperparameters(module)
+    for state in checkpoint.get("callbacks", {}).values():
+        values = state.get("hyperparameters", {}) if isinstance(state, Mapping) else {}
+        for name in declared.keys() & values.keys():
+            declared[name].assign(values[name])
 
 
 def _walk(tree: Any, name: str) -> Iterator[tuple[str, Hyperparameter]]:

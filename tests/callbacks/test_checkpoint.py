@@ -16,7 +16,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader
 
-from lightning_rtho import RTHO, TRHO, Hyperparameter, KeepGraph, Offload, Positive
+from lightning_rtho import (
+    RTHO,
+    TRHO,
+    Hyperparameter,
+    KeepGraph,
+    Offload,
+    Positive,
+    load_hyperparameters,
+)
 from tests.callbacks.problems import FEATURES, TRAIN_SIZE, SmallNet, fit, loader
 
 STEPS = 13
@@ -227,7 +235,7 @@ def test_run_whose_optimizer_was_given_groups_resumes_bitwise(added, method, tmp
 def test_checkpoint_of_other_parameters_is_refused(tmp_path):
     run(RTHO(hyper_batch_size=3), tmp_path, Thawing(), module=TwoParts())
     settings = {"module": TwoParts(), "ckpt_path": tmp_path / "step=3.ckpt"}
-    with pytest.raises(MisconfigurationException, match="this one trains .*backbone"):
+    with pytest.raises(MisconfigurationException, match=r"this one trains .*net\.0\.weight"):
         run(RTHO(hyper_batch_size=3), tmp_path / "rest", **settings)
 
 
@@ -304,6 +312,33 @@ def test_without_the_callback_the_tuned_rate_is_kept(tmp_path):
     tuned = callback.schedule[1].values["settings.lr"].item()
     _, trainer = run(None, tmp_path / "rest", ckpt_path=tmp_path / "step=7.ckpt")
     assert trainer.optimizers[0].param_groups[0]["lr"] == tuned != 0.01
+
+
+class Remembering(SmallNet):
+    def on_load_checkpoint(self, checkpoint):
+        load_hyperparameters(self, checkpoint)
+
+
+@pytest.mark.parametrize("with_callback", [True, False])
+def test_tuned_values_of_the_loss_are_kept_where_the_module_asks_for_them(with_callback, tmp_path):
+    make = lambda: Remembering(
+        lr=Hyperparameter(0.01, Positive()), l2=Hyperparameter(1e-3, Positive())
+    )
+    tuned = RTHO(hyper_batch_size=3)
+    run(tuned, tmp_path, module=make())
+    last = tuned.schedule[1].values
+    module = make()
+    resumed = RTHO(hyper_batch_size=20, start_step=20) if with_callback else None
+    run(resumed, tmp_path / "rest", module=module, ckpt_path=tmp_path / "step=7.ckpt")
+    assert module.l2.item() == last["l2"].item() != 1e-3
+    assert module.settings["lr"].item() == last["settings.lr"].item()
+
+
+def test_checkpoint_without_hyperparameters_changes_none(tmp_path):
+    module = Remembering(lr=0.01, l2=Hyperparameter(1e-3, Positive()))
+    run(None, tmp_path, module=Remembering(lr=0.01))
+    run(None, tmp_path / "rest", module=module, ckpt_path=tmp_path / "step=7.ckpt")
+    assert module.l2.item() == 1e-3
 
 
 def test_checkpoint_of_a_run_without_the_callback_resumes_with_it(tmp_path):
