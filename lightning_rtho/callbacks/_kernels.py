@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointFunction
 
-__all__ = ["is_compiled", "twice_differentiable_kernels", "warn_of_eager_steps"]
+__all__ = [
+    "is_compiled",
+    "native_recurrent_kernels",
+    "twice_differentiable_kernels",
+    "warn_of_eager_steps",
+]
 
 
 @contextmanager
@@ -34,8 +39,7 @@ def twice_differentiable_kernels(module: nn.Module) -> Iterator[None]:
         stack.enter_context(mock.patch.object(torch, "_weight_norm", _weight_norm))
         stack.enter_context(mock.patch.object(torch, "embedding", _dense_embedding))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if any(isinstance(layer, nn.RNNBase) for layer in module.modules()):
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        stack.enter_context(native_recurrent_kernels(module))
         if is_compiled(module):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
@@ -44,6 +48,22 @@ def twice_differentiable_kernels(module: nn.Module) -> Iterator[None]:
 def _weight_norm(direction: Tensor, length: Tensor, dim: int = 0) -> Tensor:
     """Weight of given direction and length: w = g v / |v|, the norm over all axes but one."""
     return direction * (length / torch.norm_except_dim(direction, 2, dim))
+
+
+@contextmanager
+def native_recurrent_kernels(module: nn.Module) -> Iterator[None]:
+    """Run recurrent layers by torch's own kernels.
+
+    Those of cuDNN have no second derivative, and in evaluation mode not even a first.
+
+    Args:
+        module: The module that runs.
+    """
+    if any(isinstance(layer, nn.RNNBase) for layer in module.modules()):
+        with torch.backends.cudnn.flags(enabled=False):
+            yield
+    else:
+        yield
 
 
 _embedding = torch.embedding

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 
 from lightning_rtho.callbacks._isolation import isolated
+from lightning_rtho.callbacks._kernels import native_recurrent_kernels
 from lightning_rtho.hypergradient import OuterGradient
 from lightning_rtho.linearization import RunningStatistics
 from lightning_rtho.outer import CyclingBatches, outer_gradient
@@ -85,7 +86,10 @@ class ValidationObjective:
                 that depends on the weights.
         """
         before = self._stream.state_dict()
-        with isolated(self._trainer, self._module, RunningStage.VALIDATING):
+        with (
+            isolated(self._trainer, self._module, RunningStage.VALIDATING),
+            native_recurrent_kernels(self._module),
+        ):
             try:
                 batches = [next(self._stream) for _ in range(self._batches)]
                 losses = [partial(self._loss, *pair) for pair in zip(batches, count())]
