@@ -86,7 +86,8 @@ def run(
     ckpt_path = settings.pop("ckpt_path", None)
     L.seed_everything(settings.pop("seed", 7), verbose=False)
     trainer = L.Trainer(
-        accelerator="cpu",
+        accelerator=settings.pop("accelerator", "cpu"),
+        devices=1,
         max_steps=STEPS,
         max_epochs=-1,
         callbacks=[c for c in (callback, *others, checkpoint) if c is not None],

@@ -89,7 +89,7 @@ def run(
     callback = METHODS[method]()
     L.seed_everything(7, verbose=False)
     trainer = L.Trainer(
-        accelerator="cpu",
+        accelerator=settings.pop("accelerator", "cpu"),
         devices=processes,
         strategy=strategy,
         max_steps=6,
@@ -105,7 +105,7 @@ def run(
         **settings,
     )
     trainer.fit(Shared(4 // processes, unused))
-    return [torch.load(path / f"{rank}.pt") for rank in range(processes)]
+    return [torch.load(path / f"{rank}.pt", map_location="cpu") for rank in range(processes)]
 
 
 @pytest.mark.parametrize(
