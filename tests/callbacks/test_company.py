@@ -1,5 +1,6 @@
 """Other callbacks and changes in mid-run."""
 
+import io
 from typing import Any
 
 import lightning as L
@@ -10,6 +11,8 @@ from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     EarlyStopping,
     GradientAccumulationScheduler,
+    ModelCheckpoint,
+    RichProgressBar,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -133,6 +136,51 @@ def test_weights_frozen_in_mid_run_begin_a_new_history(method):
             fit(module, callback, steps=9)
         found.append(callback.hypergradients["lr"].item())
     assert found[0] == found[1]
+
+
+MONITORED: dict[str, Any] = {
+    "outer_objective": lambda update: update.outer_objective,
+    "hyperparameter/lr": lambda update: update.values["lr"].item(),
+    "hypergradient/lr": lambda update: update.hypergradients["lr"].item(),
+}
+
+
+@pytest.mark.parametrize("monitor", MONITORED)
+@pytest.mark.parametrize("method", ["forward", "recompute"])
+def test_what_is_measured_can_be_monitored(method, monitor, tmp_path):
+    def make() -> Any:
+        return METHODS[method](hyper_batch_size=5)  # steps in an epoch
+
+    free = make()
+    fit(SmallNet(lr=0.01), free, steps=20)
+    first, second, *rest = (MONITORED[monitor](update) for update in free.schedule)
+    mode = "min" if second < first else "max"
+    best = (min if mode == "min" else max)(first, second, *rest)
+    checkpoint = ModelCheckpoint(tmp_path, monitor=monitor, mode=mode, every_n_train_steps=5)
+    fit(SmallNet(lr=0.01), make(), checkpoint, steps=20, enable_checkpointing=True)
+    # Lightning keeps metrics in float32.
+    assert checkpoint.best_model_score.item() == pytest.approx(best, rel=1e-6)
+
+    stop = EarlyStopping(
+        monitor,
+        mode=mode,
+        patience=100,
+        stopping_threshold=(first + second) / 2,
+        check_on_train_epoch_end=True,
+    )
+    stopped = make()
+    fit(SmallNet(lr=0.01), stopped, stop, steps=20)
+    assert [update.step for update in stopped.schedule] == [5, 10]
+
+
+def test_rich_progress_bar_shows_the_values():
+    screen = io.StringIO()
+    bar = RichProgressBar(console_kwargs={"file": screen, "force_terminal": True, "width": 200})
+    bar.theme.metrics_format = ".6f"
+    callback = RTHO(["lr"], hyper_batch_size=2)
+    fit(SmallNet(lr=0.1), callback, bar, steps=4, enable_progress_bar=True)
+    value = callback.hyperparameters["lr"].item()
+    assert f"hyperparameter/lr: {value:.6f}" in screen.getvalue()
 
 
 class OwnWarmup(SmallNet):
