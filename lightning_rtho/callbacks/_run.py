@@ -253,6 +253,8 @@ class FollowedRun:
         positions = {param: i for i, param in enumerate(self.method.params)}
         followed = [replace(t, index=positions[trained[t.index]]) for t in transitions]
         self.method.advance(OptimizerStep(followed, raw, clip, self._trainer.global_step))
+        if self._manual is None:
+            self.method.forget_gradients(range(len(self.method.params)))
         optimizer.carry_derivative_buffers(transitions)
         self.steps += bool(transitions)
         self._recorded, self._raw_grads = False, {}

@@ -141,6 +141,7 @@ class AbstractHypergradient(ABC):
         """
         self.params += params
 
+    @abstractmethod
     def forget_gradients(self, indices: Iterable[int]) -> None:
         """Begin the gradients of some parameters anew, since the run has cleared them.
 
@@ -148,11 +149,7 @@ class AbstractHypergradient(ABC):
 
         Args:
             indices: Positions of the parameters.
-
-        Raises:
-            NotImplementedError: If it takes every gradient to begin anew after each step.
         """
-        raise NotImplementedError
 
     @abstractmethod
     def start(self) -> None:

@@ -1,6 +1,6 @@
 """Reverse-HG over a window: a cotangent of the training state, pulled back through its steps."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, final
 
 from torch import Tensor
@@ -55,6 +55,9 @@ class ReverseHypergradient(AbstractHypergradient):
         """See :meth:`AbstractHypergradient.extend`; the window begins anew."""
         super().extend(params)
         self.reset()
+
+    def forget_gradients(self, indices: Iterable[int]) -> None:
+        """See :meth:`AbstractHypergradient.forget_gradients`; here every step begins anew."""
 
     def start(self) -> None:
         """See :meth:`AbstractHypergradient.start`."""
