@@ -29,6 +29,11 @@ def check_settings(trainer: Trainer, module: LightningModule) -> None:
     Raises:
         MisconfigurationException: If a setting cannot be followed.
     """
+    if trainer.world_size > 1 and not module.automatic_optimization:
+        raise MisconfigurationException(
+            "Manual optimization is not followed over several processes, got "
+            f"{trainer.world_size}. Use `Trainer(devices=1)`."
+        )
     if is_overridden("backward", module):
         raise MisconfigurationException(
             f"`{type(module).__name__}.backward` is overridden, so the gradient that the optimizer "

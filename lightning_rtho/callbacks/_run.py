@@ -70,6 +70,7 @@ class FollowedRun:
         self._following = self._resting = self._warned_of_freezing = False
         self._live: set[Tensor] = set()
         self._watched = False
+        self._watch = ExitStack()
         self._forward_context = ExitStack()
         self._replay: TrainingStepReplay | None = None
         acting = {id(hyper) for optimizer in optimizers for hyper in optimizer.hyperparameters}
@@ -85,6 +86,7 @@ class FollowedRun:
 
     def before_batch(self, batch: Any, batch_idx: int, *, follow: bool) -> None:
         """Take down what the coming training step depends on, if it is followed."""
+        self._watch.close()
         self._forward_context.close()
         if self._following and not follow:
             self.method.reset()  # the run is not followed any more
@@ -108,7 +110,7 @@ class FollowedRun:
                 self._manual.start()
             if not self._watched:
                 self._watched = True
-                self._forward_context.enter_context(DetachedWeights(self._trained))
+                self._watch.enter_context(DetachedWeights(self._trained))
 
     def _take_in_parameters(self) -> None:
         """Take in parameters that the optimizer has been given since."""
@@ -139,6 +141,7 @@ class FollowedRun:
     def before_backward(self, loss: Tensor) -> None:
         """Hand the loss to the method; where that gives the gradient, backward just uses it."""
         if self._manual is None:
+            self._watch.close()
             self._forward_context.close()
         if self._following:
             self._rest_if_weights_were_frozen()
@@ -229,6 +232,7 @@ class FollowedRun:
 
     def _before_update(self, optimizer: DifferentiableOptimizer) -> None:
         """Hand an optimizer's coming step to the method."""
+        self._watch.close()
         if self._resting:  # its backward pass may have needed what the method holds
             self._resting = False
             self.method.reset()
@@ -296,6 +300,7 @@ class FollowedRun:
     def end(self) -> None:
         """Let go of everything."""
         self.after_backward()
+        self._watch.close()
         self._forward_context.close()
         self._statistics.collect()
         self.method.reset()

@@ -1,5 +1,6 @@
 """Manual optimization: a training step is the composition of the updates that it makes itself."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_rtho import RTHO, TRHO, Hyperparameter, Positive, Real, stop_gradient
+from lightning_rtho.callbacks._checks import check_settings
 from tests.callbacks.problems import FEATURES, SmallNet, finite_difference, fit, validation_loss
 
 EXACT = 1e-6
@@ -271,3 +273,8 @@ class Chosen(ByHand):
 def test_refused(make, message):
     with pytest.raises(MisconfigurationException, match=message):
         fit(make(), RTHO(hyper_batch_size=2), steps=8)
+
+
+def test_several_processes_are_refused():
+    with pytest.raises(MisconfigurationException, match="not followed over several processes"):
+        check_settings(SimpleNamespace(world_size=2), ByHand(lr=0.1))

@@ -1,0 +1,42 @@
+"""Where layers are large, the derivative of the update is compiled; numbers stay what they were."""
+
+import pytest
+import torch
+from torch import nn, optim
+
+from lightning_rtho import RTHO, Hyperparameter, Positive
+from lightning_rtho.linearization import _fused
+from tests.callbacks.problems import FEATURES, SmallNet, fit
+
+WIDE = _fused._LARGE // FEATURES + 1
+
+
+class ByHand(SmallNet):
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+@pytest.mark.filterwarnings("error:The derivatives of the optimizer's update")
+@pytest.mark.parametrize("make", [SmallNet, ByHand])
+def test_compiled_run_equals_the_plain_one(make, monkeypatch):
+    found = []
+    for large in (_fused._LARGE, WIDE * FEATURES + 1):
+        monkeypatch.setattr(_fused, "_LARGE", large)
+        module = make(
+            optim.AdamW,
+            body=lambda: nn.Sequential(nn.Linear(FEATURES, WIDE), nn.Tanh(), nn.Linear(WIDE, 1)),
+            lr=Hyperparameter(0.01, Positive()),
+            weight_decay=Hyperparameter(0.1, Positive()),
+            eps=1e-3,
+            l2=0.0,
+        )
+        callback = RTHO(hyper_batch_size=3, outer_optimizer=None)
+        fit(module, callback, steps=6)
+        found.append(torch.stack([*callback.hypergradients.values()]))
+    # The same operations in double precision; a compiler may join a product and a sum.
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
