@@ -35,7 +35,13 @@ def main() -> None:
     options = {"smaller": 8} if args.quick else {}
     for workload in args.workloads:
         if workload == "growth":
-            records = grow(options, device, repeats=args.repeats, windows=args.windows)
+            records = grow(
+                options,
+                device,
+                repeats=args.repeats,
+                windows=args.windows,
+                memory=not args.no_memory,
+            )
             results = {**_place(device), "options": options, "records": records}
         else:
             results = _measure(workload, options, device, args)
@@ -76,7 +82,7 @@ def _measure(
         memory = {m: peak_memory(workload, m, options, device) for m in ("plain", *methods)}
     return {
         "workload": workload,
-        "summary": task.summary,
+        "summary": task.summary + (", an eighth as wide" if options else ""),
         "entries": task.entries,
         "hyper_batch_size": task.hyper_batch_size,
         "state_bytes": _state_bytes(task),

@@ -21,7 +21,7 @@ SWEEPS: dict[str, tuple[str, tuple[int, ...]]] = {
 
 
 def grow(
-    options: dict[str, Any], device: torch.device, *, repeats: int, windows: int
+    options: dict[str, Any], device: torch.device, *, repeats: int, windows: int, memory: bool
 ) -> list[dict[str, Any]]:
     """Measure the ``weighted`` workload at each value of each sweep.
 
@@ -30,6 +30,7 @@ def grow(
         device: Where to train.
         repeats: As :func:`tests.benchmarks.timing.compare`.
         windows: As there, for windows of 5 steps.
+        memory: Whether to measure that, too.
 
     Returns:
         One record for each method at each value.
@@ -41,15 +42,15 @@ def grow(
             weights = sum(p.numel() for p in make_task("weighted", **sizes).net.parameters())
             few = max(1, windows * 5 // sizes.get("hyper_batch_size", 5))
             timings = compare("weighted", sizes, _METHODS, device, repeats=repeats, windows=few)
-            plain = peak_memory("weighted", "plain", sizes, device)
+            plain = peak_memory("weighted", "plain", sizes, device)["training"] if memory else 1
             for method, timing in timings.items():
-                memory = peak_memory("weighted", method, sizes, device)
+                peak = peak_memory("weighted", method, sizes, device)["training"] if memory else 0
                 records.append({
                     "sweep": sweep,
                     "value": weights if sweep == "width" else value,
                     "method": method,
                     "ratio": timing.as_dict()["ratio"],
-                    "memory_ratio": memory["training"] / plain["training"],
+                    "memory_ratio": peak / plain,
                 })
                 print(records[-1], flush=True)
     return records

@@ -148,7 +148,7 @@ def betty(task: Task, device: torch.device, steps: int, after_step: Callable[[],
     holder.leaves = nn.ParameterList(nn.Parameter(leaf.detach()) for leaf in problem.leaves)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        logging.getLogger("betty").setLevel(logging.ERROR)
+        logging.disable(logging.INFO)  # its engine would set a level again
         outer = Outer(
             "outer",
             Config(first_order=False),
@@ -170,6 +170,7 @@ def betty(task: Task, device: torch.device, steps: int, after_step: Callable[[],
             {"u2l": {outer: [inner]}, "l2u": {inner: [outer]}},
         )
         engine.run()
+    logging.disable(logging.NOTSET)
     return outer.hypergradient
 
 

@@ -86,18 +86,21 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 3, figsize=(12, 6), sharey="row", layout="constrained")
-    for column, (sweep, (label, _)) in zip(axes.T, SWEEPS.items(), strict=True):
+    for column, (sweep, (label, values)) in zip(axes.T, SWEEPS.items(), strict=True):
         for row, key in zip(column, ("ratio", "memory_ratio"), strict=True):
             for method in dict.fromkeys(record["method"] for record in records):
                 points = sorted(
                     (record["value"], record[key])
                     for record in records
-                    if record["sweep"] == sweep and record["method"] == method
+                    if record["sweep"] == sweep and record["method"] == method and record[key]
                 )
                 row.plot(*zip(*points, strict=True), marker="o", label=TITLES[method].strip("`"))
             row.set_xscale("log")
             row.set_yscale("log")
             row.grid(alpha=0.25, which="both")
+            if sweep != "width":  # measured in weights there
+                row.set_xticks(values, [str(value) for value in values])
+                row.minorticks_off()
         column[1].set_xlabel(label)
     axes[0, 0].set_ylabel("time a step / plain")
     axes[1, 0].set_ylabel("peak memory / plain")
