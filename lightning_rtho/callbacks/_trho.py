@@ -82,7 +82,7 @@ class TRHO(HypergradientCallback):
                 f"`tape` must be Recompute(), KeepGraph() or Offload('cpu'), got {tape!r}. Pass an "
                 "instance."
             )
-        self.tape = tape or Recompute()
+        self.tape = Recompute() if tape is None else tape
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -1,6 +1,7 @@
 """Reverse-HG over a window: a cotangent of the training state, pulled back through its steps."""
 
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, final
 
 from torch import Tensor
@@ -18,7 +19,7 @@ from lightning_rtho.hypergradient._base import (
     edited,
 )
 from lightning_rtho.hypergradient._tape import RecordedStep, Tape
-from lightning_rtho.linearization import Linearization, TracedLoss, step_vjp
+from lightning_rtho.linearization import Linearization, TracedLoss, fused_step_vjp
 
 __all__ = ["ReverseHypergradient"]
 
@@ -78,21 +79,35 @@ class ReverseHypergradient(AbstractHypergradient):
         ]
         betas = list(outer.statistics)
         total = self._flat(outer.hypers)
+        thread = ThreadPoolExecutor(1)
         try:
-            for recorded in self.tape.backward(self.params, self.hypers):
-                grads_bar = self._pull_back_update(recorded.step, alphas, total)
-                total += self._pull_back_losses(recorded, alphas, betas, grads_bar)
+            past = self.tape.backward(self.params, self.hypers)
+            for steps_left, recorded in zip(reversed(range(len(self.tape))), past, strict=True):
+                grads_bar = self._pull_back_update(recorded.step, alphas, total, thread)
+                total += self._pull_back_losses(
+                    recorded, alphas, betas, grads_bar, is_first=steps_left == 0
+                )
         finally:  # a window that cannot be read ends, too
+            thread.shutdown()
             self.reset()
         return total
 
     def _pull_back_update(
-        self, step: OptimizerStep, alphas: list[StateCotangent], total: Tensor
+        self, step: OptimizerStep, alphas: list[StateCotangent], total: Tensor, thread: Executor
     ) -> Sequence[Tensor]:
-        """Pull alpha back through Phi and clipping, to the state; return the gradient's part."""
+        """Pull alpha back through Phi and clipping, to the state; return the gradient's part.
+
+        Kept graphs hook what autograd saves, which neither torch.func nor a compiler bears; hooks
+        are those of one thread, so another does this.
+
+        Returns:
+            Cotangents of the raw gradients, one a transition, each ``[*P]``.
+        """
         grads_bar: Sequence[Tensor] = []
         for transition in step.transitions:
-            state_bar, grad_bar, hyper_bar = step_vjp(transition, alphas[transition.index])
+            args = transition, alphas[transition.index]
+            pulled = thread.submit(fused_step_vjp, *args) if self.tape.hooks else None
+            state_bar, grad_bar, hyper_bar = pulled.result() if pulled else fused_step_vjp(*args)
             alphas[transition.index] = state_bar
             for name, column in transition.columns.items():
                 total[column] += transition.slopes.get(name, 1.0) * hyper_bar[name].to(total)
@@ -107,6 +122,7 @@ class ReverseHypergradient(AbstractHypergradient):
         alphas: list[StateCotangent],
         betas: list[Tensor | None],
         grads_bar: Sequence[Tensor],
+        is_first: bool,
     ) -> Tensor:
         """Pull the gradient's cotangent back to the weights; return dE/dlambda's part ``[m]``."""
         transitions = recorded.step.transitions
@@ -126,7 +142,10 @@ class ReverseHypergradient(AbstractHypergradient):
                     "as activation checkpointing makes it do. Use `TRHO(tape=Recompute())`."
                 )
             product = linearization.product(
-                vectors, [None] * len(self.hypers), _pull_back_statistics(linearization, betas)
+                vectors,
+                [None] * len(self.hypers),
+                _pull_back_statistics(linearization, betas),
+                wrt_params=not is_first,  # nobody asks for what came before the window
             )
             total += self._flat(product.hypers)
             products += [part for part in (*product.params, *product.hypers) if part is not None]

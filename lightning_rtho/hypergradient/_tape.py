@@ -36,9 +36,11 @@ class Tape(ABC):
 
     Attributes:
         needs_replay: Whether it computes losses again.
+        hooks: Whether it hooks the tensors that autograd saves.
     """
 
     needs_replay: ClassVar[bool]
+    hooks: ClassVar[bool] = False
 
     @abstractmethod
     def start(self) -> None:
@@ -83,6 +85,10 @@ class Tape(ABC):
             params: All weights, each ``[*P]``.
             hypers: Hyperparameters, at the values they had in the window, each ``[*H]``.
         """
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of steps."""
 
     @abstractmethod
     def clear(self) -> None:
@@ -159,6 +165,9 @@ class _ReplayTape(Tape):
                 )
         finally:
             _write(params, present)
+
+    def __len__(self) -> int:
+        return len(self._steps)
 
     def clear(self) -> None:
         """See :meth:`Tape.clear`."""
@@ -248,6 +257,7 @@ class KeepGraph(Tape):
     """
 
     needs_replay = False
+    hooks = True
 
     def __init__(self) -> None:
         self._losses: list[Linearization] = []
@@ -286,6 +296,9 @@ class KeepGraph(Tape):
         """See :meth:`Tape.backward`."""
         for step, losses in reversed(self._steps):
             yield RecordedStep(step, [partial(_identity, line) for line in losses])
+
+    def __len__(self) -> int:
+        return len(self._steps)
 
     def clear(self) -> None:
         """See :meth:`Tape.clear`."""

@@ -2,7 +2,7 @@
 
 from lightning_rtho.linearization._clipping import ClipByNorm, ClipByValue, GradientClip
 from lightning_rtho.linearization._cohort import cohort_jvp, cohorts
-from lightning_rtho.linearization._fused import fused_step_jvp
+from lightning_rtho.linearization._fused import fused_step_jvp, fused_step_vjp
 from lightning_rtho.linearization._gradient import Linearization
 from lightning_rtho.linearization._statistics import (
     RunningStatistics,
@@ -23,6 +23,7 @@ __all__ = [
     "cohort_jvp",
     "cohorts",
     "fused_step_jvp",
+    "fused_step_vjp",
     "step_jvp",
     "step_vjp",
     "stop_gradient",

@@ -1,10 +1,12 @@
 """Where layers are large, the derivative of the update is compiled; numbers stay what they were."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn, optim
 
-from lightning_rtho import RTHO, Hyperparameter, Positive
+from lightning_rtho import RTHO, TRHO, Hyperparameter, KeepGraph, Positive
 from lightning_rtho.linearization import _fused
 from tests.callbacks.problems import FEATURES, SmallNet, fit
 
@@ -22,8 +24,17 @@ class ByHand(SmallNet):
 
 
 @pytest.mark.filterwarnings("error:The derivatives of the optimizer's update")
-@pytest.mark.parametrize("make", [SmallNet, ByHand])
-def test_compiled_run_equals_the_plain_one(make, monkeypatch):
+@pytest.mark.parametrize(
+    ("make", "method"),
+    [
+        (SmallNet, RTHO),
+        (ByHand, RTHO),
+        (SmallNet, TRHO),
+        (SmallNet, partial(TRHO, tape=KeepGraph())),
+    ],
+    ids=["forward", "forward by hand", "recompute", "keep graph"],
+)
+def test_compiled_run_equals_the_plain_one(make, method, monkeypatch):
     found = []
     for large in (_fused._LARGE, WIDE * FEATURES + 1):
         monkeypatch.setattr(_fused, "_LARGE", large)
@@ -35,7 +46,7 @@ def test_compiled_run_equals_the_plain_one(make, monkeypatch):
             eps=1e-3,
             l2=0.0,
         )
-        callback = RTHO(hyper_batch_size=3, outer_optimizer=None)
+        callback = method(hyper_batch_size=3, outer_optimizer=None)
         fit(module, callback, steps=6)
         found.append(torch.stack([*callback.hypergradients.values()]))
     # The same operations in double precision; a compiler may join a product and a sum.

@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Tensor, optim
 
-from lightning_rtho.linearization import _fused, fused_step_jvp, step_jvp
+from lightning_rtho.linearization import (
+    _fused,
+    fused_step_jvp,
+    fused_step_vjp,
+    step_jvp,
+    step_vjp,
+)
 from tests.dynamics.cases import CASES, Case, warm_transition
 
 SIZE = _fused._LARGE
@@ -52,6 +58,20 @@ def test_fused_equals_plain_and_keeps_what_it_shall_keep(case, monkeypatch):
             # The same operations; a compiler may contract a product and a sum into one rounding.
             torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
         assert found["param"].data_ptr() == overwritten["param"].data_ptr()
+
+
+@pytest.mark.filterwarnings("error:The derivatives of the optimizer's update")
+@pytest.mark.parametrize("case", ONE_A_RULE, ids=lambda case: case.name)
+def test_fused_pulls_back_as_the_plain_one_does(case, monkeypatch):
+    torch.compiler.reset()
+    monkeypatch.setattr(_fused, "_pull", _fused._Compiled(_fused._pull._function))
+    transition, state_dot, _, _ = _inputs(case, 3)
+    full = {name: torch.randn_like(x[0]) for name, x in state_dot.items()}
+    for new_state_bar in (full, {"param": full["param"]}):
+        expected = step_vjp(transition, new_state_bar)
+        found = fused_step_vjp(transition, new_state_bar)
+        # The same operations, sums over all entries in another order.
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
 def test_without_a_compiler_it_runs_plainly_and_says_so_once(monkeypatch):
