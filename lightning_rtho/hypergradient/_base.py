@@ -224,25 +224,9 @@ class AbstractHypergradient(ABC):
                 faults.append(Fault(number, "Hessian product" if gradient else "gradient"))
         return faults
 
-    def _check(
-        self, step: OptimizerStep, vectors: Sequence[Tensor], products: Sequence[Tensor]
-    ) -> Tensor:
-        """Take down whether a step is finite.
-
-        Args:
-            step: The step.
-            vectors: What was multiplied with the Hessian; if that was not finite before, neither
-                is the product, which is not the fault of this step.
-            products: The products.
-
-        Returns:
-            Whether it is, a boolean ``[]``.
-        """
-        gradient = are_finite(step.raw_grads)
-        product = are_finite(products) | ~are_finite(vectors)
-        check = torch.stack([gradient, product.to(gradient.device)])
-        self._checks.append((step.number, check))
-        return check.all()
+    def _note(self, step: OptimizerStep, gradient: Tensor, product: Tensor) -> None:
+        """Take down whether a step's gradient and Hessian products are finite, each ``[]``."""
+        self._checks.append((step.number, torch.stack([gradient, product.to(gradient.device)])))
 
     def _flat(self, parts: Sequence[Tensor | None]) -> Tensor:
         """Join one tensor a hyperparameter, each ``[*H]`` or None, to ``[m]``, float64."""

@@ -17,6 +17,7 @@ from lightning_rtho.hypergradient._base import (
     Recollection,
     Replay,
     add,
+    are_finite,
     edited,
 )
 from lightning_rtho.linearization import (
@@ -28,6 +29,12 @@ from lightning_rtho.linearization import (
 )
 
 __all__ = ["ForwardHypergradient"]
+
+_LARGE = 2**20
+"""Entries of Z's weights from which on it is advanced column by column.
+
+Then one Hessian product is held at a time, beside Z and the graph of the loss.
+"""
 
 
 @final
@@ -69,6 +76,7 @@ class ForwardHypergradient(AbstractHypergradient):
         self.statistic_tangents: dict[int, Tensor] = {}
         self._grads: list[Tensor | None] = [None] * len(self.params)
         self._grads_dot: list[Tensor | None] = [None] * len(self.params)
+        self._pending: Linearization | None = None
         self._is_discounted = True
         self._edited: Tensor | None = None
 
@@ -97,6 +105,7 @@ class ForwardHypergradient(AbstractHypergradient):
 
     def forget_gradients(self, indices: Iterable[int]) -> None:
         """See :meth:`AbstractHypergradient.forget_gradients`."""
+        self._settle()
         for index in indices:
             self._grads[index] = self._grads_dot[index] = None
 
@@ -113,31 +122,55 @@ class ForwardHypergradient(AbstractHypergradient):
         if self.discount != 1 and not self._is_discounted:
             self._discount_history()
         self._is_discounted = True
-        linearization = Linearization(loss, self.params, self.hypers)
-        statistics: list[list[Tensor | None]] = []
-        for entry in range(self.entries):
-            product = linearization.product(
-                [tangent["param"][entry] if tangent else None for tangent in self.tangents],
-                self._unit_vector(entry),
-                wrt_hypers=False,
-            )
-            self._add_column(entry, product.params)
-            statistics.append(product.statistics)
-        for index, gradient in enumerate(linearization.gradients):
+        self._settle()
+        self._pending = Linearization(loss, self.params, self.hypers)
+        for index, gradient in enumerate(self._pending.gradients):
             self._grads[index] = add(self._grads[index], gradient)
-        for position, update in enumerate(linearization.updates):
-            columns = [found[position] for found in statistics]
-            self._advance_statistic(update, _stack(columns, like=update.statistic))
-        return linearization.scaled_gradients
+        return self._pending.scaled_gradients
 
-    def _add_column(self, entry: int, parts: Sequence[Tensor | None]) -> None:
-        """Add to the tangents of the gradients one column, so that only one is held beside them."""
-        for index, (param, part) in enumerate(zip(self.params, parts, strict=True)):
-            if part is not None:
-                grad_dot = self._grads_dot[index]
-                if grad_dot is None:
-                    grad_dot = self._grads_dot[index] = param.new_zeros(self.entries, *param.shape)
-                grad_dot[entry] += part
+    def _settle(self) -> None:
+        """Add what the last loss gives to the tangents of the gradients, and let its graph go."""
+        if self._pending is None:
+            return
+        for columns in self._chunks():
+            for index, part in enumerate(self._take_columns(columns)):
+                if part is not None:
+                    whole = self._grads_dot[index]
+                    if whole is None:
+                        whole = part.new_zeros(self.entries, *part.shape[1:])
+                        self._grads_dot[index] = whole
+                    whole[columns.start : columns.stop] = part
+        self._pending = None
+
+    def _chunks(self) -> list[range]:
+        """Split the hyperparameter entries: all at once, or one by one where that saves memory."""
+        size = sum(param.numel() for param in self.params)
+        chunk = self.entries if size * self.entries < _LARGE else 1
+        return [range(i, i + chunk) for i in range(0, self.entries, chunk)]
+
+    def _take_columns(self, columns: range) -> list[Tensor | None]:
+        """Return tangents of the gradients by some entries, each ``[len(columns), *P]``.
+
+        The last loss's running statistics advance with them.
+        """
+        products = []
+        if self._pending is not None:
+            for entry in columns:
+                params = [t["param"][entry] if t else None for t in self.tangents]
+                products.append(
+                    self._pending.product(params, self._unit_vector(entry), wrt_hypers=False)
+                )
+            for position, update in enumerate(self._pending.updates):
+                parts = [product.statistics[position] for product in products]
+                new = _stack(parts, like=update.statistic)
+                self._advance_statistic(update, columns, new)
+        found: list[Tensor | None] = []
+        for index, (param, known) in enumerate(zip(self.params, self._grads_dot, strict=True)):
+            part = None if known is None else known[columns.start : columns.stop]
+            found.append(
+                add(part, _stack([product.params[index] for product in products], like=param))
+            )
+        return found
 
     def _discount_history(self) -> None:
         self.tangents = [
@@ -148,15 +181,20 @@ class ForwardHypergradient(AbstractHypergradient):
             buffer: self.discount * value for buffer, value in self.statistic_tangents.items()
         }
 
-    def _advance_statistic(self, update: StatisticUpdate, new: Tensor | None) -> None:
+    def _advance_statistic(
+        self, update: StatisticUpdate, columns: range, new: Tensor | None
+    ) -> None:
         """Push tangents through a running average: r_dot <- (1 - f) r_dot + f s_dot."""
-        known = self.statistic_tangents.get(update.buffer)
-        total = add(
-            None if known is None else (1 - update.factor) * known,
-            None if new is None else update.factor * new,
-        )
-        if total is not None:
-            self.statistic_tangents[update.buffer] = total
+        whole = self.statistic_tangents.get(update.buffer)
+        if whole is None:
+            if new is None:
+                return
+            whole = new.new_zeros(self.entries, *new.shape[1:])
+            self.statistic_tangents[update.buffer] = whole
+        part = whole[columns.start : columns.stop]
+        part *= 1 - update.factor
+        if new is not None:
+            part += update.factor * new
 
     def _unit_vector(self, entry: int) -> list[Tensor | None]:
         """Direction of one hyperparameter entry: one tensor ``[*H]`` a hyperparameter."""
@@ -173,25 +211,48 @@ class ForwardHypergradient(AbstractHypergradient):
             self.forget_gradients(range(len(self.params)))
             return
         self._look_for_edits(step)
-        grads_dot = self._grads_dot_of(step)
-        if step.clip is not None:
-            grads_dot = step.clip.jvp(step.raw_grads, grads_dot)
-        is_finite = self._check(step, [], grads_dot)
-        if is_finite.device.type == "cpu" and not is_finite:
-            self._end_step(step)
-            return
+        stepped = {transition.index for transition in step.transitions}
+        if any(grad is not None and i not in stepped for i, grad in enumerate(self._grads)):
+            self._settle()  # for those that step later
+        is_finite, are_products_finite = are_finite(step.raw_grads), []
+        for columns in self._chunks():
+            grads_dot = self._grads_dot_of(step, columns)
+            are_products_finite.append(are_finite(grads_dot))
+            keep = ~(is_finite & are_products_finite[-1])
+            if not (keep.device.type == "cpu" and keep):
+                self._push(step, columns, grads_dot, keep)
+        self._note(step, is_finite, torch.stack(are_products_finite).all())
+        self._pending = None
+        self._end_step(step)
+
+    def _push(
+        self, step: OptimizerStep, columns: range, grads_dot: Sequence[Tensor], keep: Tensor
+    ) -> None:
+        """Push some columns of Z through the update."""
         for positions in cohorts(step.transitions):
             transitions = [step.transitions[i] for i in positions]
             new_tangents = cohort_jvp(
                 transitions,
-                [self._state_dot(transition) for transition in transitions],
+                [self._state_dot(transition, columns) for transition in transitions],
                 [grads_dot[i] for i in positions],
-                self._hyper_dot(transitions[0]),
-                keep=~is_finite,
+                self._hyper_dot(transitions[0], columns),
+                keep,
             )
-            for transition, tangent in zip(transitions, new_tangents, strict=True):
-                self.tangents[transition.index] = tangent
-        self._end_step(step)
+            for transition, new in zip(transitions, new_tangents, strict=True):
+                self._write(transition.index, columns, new)
+
+    def _write(self, index: int, columns: range, new: StateTangent) -> None:
+        """Write some columns of a parameter's tangent."""
+        if len(columns) == self.entries:
+            self.tangents[index] = new
+            return
+        whole = self.tangents[index]
+        for name, value in new.items():
+            if name not in whole:
+                whole[name] = value.new_zeros(self.entries, *value.shape[1:])
+            part = whole[name][columns.start : columns.stop]
+            if part.data_ptr() != value.data_ptr():  # unless it was written in place
+                part.copy_(value)
 
     def _end_step(self, step: OptimizerStep) -> None:
         """Forget the gradients that the step has used."""
@@ -206,34 +267,39 @@ class ForwardHypergradient(AbstractHypergradient):
         found = edited(step, mean_over_ranks(traced, like=step.raw_grads))
         self._edited = found if self._edited is None else self._edited | found
 
-    def _grads_dot_of(self, step: OptimizerStep) -> Sequence[Tensor]:
-        """Tangents of the step's raw gradients, each ``[m, *P]``."""
-        local = [self._grad_dot(transition.index) for transition in step.transitions]
-        return [mean for mean in mean_over_ranks(local, like=local) if mean is not None]
+    def _grads_dot_of(self, step: OptimizerStep, columns: range) -> Sequence[Tensor]:
+        """Tangents of the step's gradients after clipping, each ``[len(columns), *P]``."""
+        found = self._take_columns(columns)
+        local = []
+        for transition in step.transitions:
+            part, param = found[transition.index], self.params[transition.index]
+            local.append(param.new_zeros(len(columns), *param.shape) if part is None else part)
+        means = [mean for mean in mean_over_ranks(local, like=local) if mean is not None]
+        return means if step.clip is None else step.clip.jvp(step.raw_grads, means)
 
-    def _state_dot(self, transition: Transition) -> StateTangent:
-        """Tangent of a parameter's state, each tensor ``[m, ...]``."""
+    def _state_dot(self, transition: Transition, columns: range) -> StateTangent:
+        """Columns of the tangent of a parameter's state, each tensor ``[len(columns), ...]``."""
         known = self.tangents[transition.index]
         return {
-            name: known[name] if name in known else value.new_zeros(self.entries, *value.shape)
+            name: known[name][columns.start : columns.stop]
+            if name in known
+            else value.new_zeros(len(columns), *value.shape)
             for name, value in transition.state.items()
         }
 
-    def _hyper_dot(self, transition: Transition) -> Hypers:
-        """Tangents of a parameter's tuned settings, each ``[m]``."""
+    def _hyper_dot(self, transition: Transition, columns: range) -> Hypers:
+        """Tangents of a parameter's tuned settings, each ``[len(columns)]``."""
         return {
             name: transition.slopes.get(name, 1.0)
-            * _one_hot(column, self.entries, like=transition.hyper[name])
+            * _one_hot(column, self.entries, like=transition.hyper[name])[
+                columns.start : columns.stop
+            ]
             for name, column in transition.columns.items()
         }
 
-    def _grad_dot(self, index: int) -> Tensor:
-        """Tangent of a parameter's gradient ``[m, *P]``."""
-        grad_dot, param = self._grads_dot[index], self.params[index]
-        return param.new_zeros(self.entries, *param.shape) if grad_dot is None else grad_dot
-
     def hypergradient(self, outer: OuterGradient) -> Tensor:
         """See :meth:`AbstractHypergradient.hypergradient`; grad E . Z."""
+        self._settle()  # at the values that the hyperparameters had
         if self._edited is not None and bool(self._edited):
             raise GradientMismatchError(
                 "The gradient given to the optimizer is not the loss's: something between backward "
@@ -257,6 +323,8 @@ def _stack(columns: Sequence[Tensor | None], like: Tensor) -> Tensor | None:
     """Join tangents ``[*P]`` to ``[m, *P]``, where None is zero."""
     if all(column is None for column in columns):
         return None
+    if len(columns) == 1 and columns[0] is not None:
+        return columns[0].detach()[None]
     return torch.stack([torch.zeros_like(like) if c is None else c for c in columns]).detach()
 
 

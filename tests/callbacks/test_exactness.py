@@ -8,6 +8,7 @@ import torch
 from torch import nn, optim
 
 from lightning_rtho import RTHO, TRHO, KeepGraph, NonNegative, Offload, Real
+from lightning_rtho.hypergradient import _forward
 from tests.callbacks.problems import (
     FEATURES,
     VAL_SIZE,
@@ -18,6 +19,7 @@ from tests.callbacks.problems import (
     loader,
     validation_loss,
 )
+from tests.callbacks.test_manual import ByHand
 
 STEPS = 7  # RAdam rectifies from its sixth step on
 ADAM = {"lr": 0.02, "beta1": 0.8, "beta2": 0.9, "eps": 1e-3, "weight_decay": 0.1}
@@ -247,3 +249,27 @@ def test_one_setting_alone_beside_an_input_that_is_always_zero(optimizer, name):
         # The difference errs by 1e-11 of the loss, the hypergradients are 1e-3 and more.
         assert abs(found[name]) > 1e-3
         assert found[name] == pytest.approx(expected, rel=1e-6), method
+
+
+@pytest.mark.parametrize("case", ["plain", "clipped", "accumulated", "by hand"])
+def test_columns_one_by_one_equal_columns_at_once(case, monkeypatch):
+    """A large model advances Z column by column, which changes no number but by rounding."""
+    settings = {
+        "clipped": {"gradient_clip_val": 0.3},
+        "accumulated": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.3},
+    }.get(case, {})
+    found = []
+    for large in (_forward._LARGE, 0):
+        monkeypatch.setattr(_forward, "_LARGE", large)
+        module = (ByHand if case == "by hand" else SmallNet)(
+            optim.NAdam,
+            body=lambda: nn.Sequential(
+                nn.Linear(FEATURES, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Linear(3, 1)
+            ),
+            eps=1e-3,
+            **as_hyperparameters({"lr": 0.05, "momentum_decay": 0.01, "l2": 0.02}),
+        )
+        callback = RTHO(hyper_batch_size=3, outer_optimizer=None)
+        fit(module, callback, steps=6, **settings)
+        found.append(torch.stack([*callback.hypergradients.values()]))
+    torch.testing.assert_close(*found, rtol=1e-11, atol=1e-13)
