@@ -143,7 +143,10 @@ def _write_jvp(
     keep: Tensor,
 ) -> StateTangent:
     """Overwrite tangents by those of the new state; return those of tensors that are new to it."""
-    new_state_dot = push(rule, state, grad, hyper, state_dot, grad_dot, hyper_dot)
+    # Copies, which the compiler removes: torch.func takes no slices of dynamic size (torch 2.13).
+    tangents = {name: value.clone() for name, value in state_dot.items()}
+    directions = {name: value.clone() for name, value in hyper_dot.items()}
+    new_state_dot = push(rule, state, grad, hyper, tangents, grad_dot.clone(), directions)
     added = {}
     for name, value in new_state_dot.items():
         if name in state_dot:

@@ -7,37 +7,32 @@ import torch
 from torch import nn, optim
 
 from lightning_rtho import RTHO, TRHO, Hyperparameter, KeepGraph, Positive
+from lightning_rtho.hypergradient import _forward
 from lightning_rtho.linearization import _fused
 from tests.callbacks.problems import FEATURES, SmallNet, fit
+from tests.callbacks.test_manual import ByHand
 
 WIDE = _fused._LARGE // FEATURES + 1
 
 
-class ByHand(SmallNet):
-    automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(super().training_step(batch, batch_idx))
-        optimizer.step()
-
-
 @pytest.mark.filterwarnings("error:The derivatives of the optimizer's update")
 @pytest.mark.parametrize(
-    ("make", "method"),
+    ("make", "method", "columns"),
     [
-        (SmallNet, RTHO),
-        (ByHand, RTHO),
-        (SmallNet, TRHO),
-        (SmallNet, partial(TRHO, tape=KeepGraph())),
+        (SmallNet, RTHO, "at once"),
+        (SmallNet, RTHO, "one by one"),
+        (ByHand, RTHO, "at once"),
+        (SmallNet, TRHO, ""),
+        (SmallNet, partial(TRHO, tape=KeepGraph()), ""),
     ],
-    ids=["forward", "forward by hand", "recompute", "keep graph"],
+    ids=["forward", "forward by columns", "forward by hand", "recompute", "keep graph"],
 )
-def test_compiled_run_equals_the_plain_one(make, method, monkeypatch):
+def test_compiled_run_equals_the_plain_one(make, method, columns, monkeypatch):
     found = []
     for large in (_fused._LARGE, WIDE * FEATURES + 1):
         monkeypatch.setattr(_fused, "_LARGE", large)
+        if columns == "one by one":
+            monkeypatch.setattr(_forward, "_LARGE", 0)
         module = make(
             optim.AdamW,
             body=lambda: nn.Sequential(nn.Linear(FEATURES, WIDE), nn.Tanh(), nn.Linear(WIDE, 1)),
