@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_rtho.callbacks._checks import refusals_explained
 from lightning_rtho.callbacks._detached import DetachedWeights
 from lightning_rtho.callbacks._kernels import (
     twice_differentiable_kernels,
@@ -256,7 +257,8 @@ class FollowedRun:
         raw = [raw_grads.get(trained[t.index], t.grad) for t in transitions]
         positions = {param: i for i, param in enumerate(self.method.params)}
         followed = [replace(t, index=positions[trained[t.index]]) for t in transitions]
-        self.method.advance(OptimizerStep(followed, raw, clip, self._trainer.global_step))
+        with refusals_explained():
+            self.method.advance(OptimizerStep(followed, raw, clip, self._trainer.global_step))
         if self._manual is None:
             self.method.forget_gradients(range(len(self.method.params)))
         optimizer.carry_derivative_buffers(transitions)

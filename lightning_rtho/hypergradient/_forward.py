@@ -119,10 +119,10 @@ class ForwardHypergradient(AbstractHypergradient):
 
     def record(self, loss: TracedLoss, replay: Replay | None = None) -> list[Tensor | None]:
         """See :meth:`AbstractHypergradient.record`; adds to g_dot = H Z + dg/dlambda."""
+        self._settle()
         if self.discount != 1 and not self._is_discounted:
             self._discount_history()
         self._is_discounted = True
-        self._settle()
         self._pending = Linearization(loss, self.params, self.hypers)
         for index, gradient in enumerate(self._pending.gradients):
             self._grads[index] = add(self._grads[index], gradient)

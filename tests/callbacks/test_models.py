@@ -154,6 +154,17 @@ class Once(nn.Module):
         return self.outward(OnceDifferentiable.apply(self.inward(x)))
 
 
+class Distances(nn.Module):
+    """Distances to some points in the 3-norm, which torch differentiates once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.points, self.outward = nn.Linear(FEATURES, 4), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outward(torch.cdist(x, self.points.weight, p=3.0))
+
+
 class Complex(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -165,6 +176,7 @@ class Complex(nn.Module):
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "once differentiable": (Once, "`once_differentiable`"),
+    "operation without": (Distances, "an operation in it has none: .*cdist_backward.* Write it"),
     "reentrant checkpointing": (lambda: Checkpointed(use_reentrant=True), "`use_reentrant=False`"),
     "complex": (Complex, "is complex"),
     "bag of embeddings": (lambda: around(nn.EmbeddingBag(4, 4)), "`net.1` is an EmbeddingBag"),
