@@ -90,7 +90,7 @@ def fit(
     )
     trainer.fit(
         module,
-        train or loader(TRAIN_SIZE, seed=1, batch_size=4, shuffle=True),
+        loader(TRAIN_SIZE, seed=1, batch_size=4, shuffle=True) if train is None else train,
         loader(VAL_SIZE, seed=2, batch_size=VAL_SIZE) if val is None else val,
     )
     return trainer

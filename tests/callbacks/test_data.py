@@ -1,0 +1,120 @@
+"""Batches of every kind: the same data in other containers give the same hypergradients."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from lightning_rtho import RTHO, TRHO
+from tests.callbacks.problems import TRAIN_SIZE, VAL_SIZE, SmallNet, fit, loader
+
+METHODS = {"forward": RTHO, "reverse": TRHO}
+BATCH = 4
+
+
+class Pair(NamedTuple):
+    x: Tensor
+    y: Tensor
+
+
+KINDS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], tuple[Tensor, Tensor]]]] = {
+    "dict": (lambda x, y: {"x": x, "y": y}, lambda batch: (batch["x"], batch["y"])),
+    "nested list": (lambda x, y: [[x], {"y": [y]}], lambda batch: (batch[0][0], batch[1]["y"][0])),
+    "named tuple": (Pair, lambda batch: (batch.x, batch.y)),
+    "packed sequence": (
+        lambda x, y: (pack_sequence([row[:, None] for row in x]), y),
+        lambda batch: (pad_packed_sequence(batch[0], batch_first=True)[0].squeeze(2), batch[1]),
+    ),
+}
+
+
+class Stream(IterableDataset):
+    """The data in their order, without a length."""
+
+    def __init__(self, data: TensorDataset) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([self.data[i] for i in range(len(self.data))])
+
+
+def hypergradient(method: str, train: Any, val: Any, read: Any = tuple) -> Tensor:
+    class Reading(SmallNet):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(read(batch), batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            return super().validation_step(read(batch), batch_idx)
+
+    callback = METHODS[method](["lr", "momentum"], hyper_batch_size=4, outer_optimizer=None)
+    fit(Reading(lr=0.1, momentum=0.5), callback, steps=4, train=train, val=val)
+    return torch.stack([*callback.hypergradients.values()])
+
+
+@pytest.fixture
+def data() -> tuple[Any, Any]:
+    return (
+        loader(TRAIN_SIZE, seed=1, batch_size=BATCH).dataset,
+        loader(VAL_SIZE, seed=2, batch_size=VAL_SIZE).dataset,
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_in_other_containers(kind, method, data):
+    make, read = KINDS[kind]
+
+    def collate(rows):
+        return make(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+    train, val = data
+    plain = hypergradient(
+        method, DataLoader(train, batch_size=BATCH), DataLoader(val, batch_size=VAL_SIZE)
+    )
+    found = hypergradient(
+        method,
+        DataLoader(train, batch_size=BATCH, collate_fn=collate),
+        DataLoader(val, batch_size=VAL_SIZE, collate_fn=collate),
+        read,
+    )
+    # Validation batches are shuffled by a generator of their own: sums in another order.
+    torch.testing.assert_close(found, plain, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_iterable_data_sets(method, data):
+    train, val = data
+    loaders = [DataLoader(train, batch_size=BATCH), DataLoader(val, batch_size=VAL_SIZE)]
+    streams = [
+        DataLoader(Stream(train), batch_size=BATCH),
+        DataLoader(Stream(val), batch_size=VAL_SIZE),
+    ]
+    plain, found = hypergradient(method, *loaders), hypergradient(method, *streams)
+    torch.testing.assert_close(found, plain, rtol=1e-12, atol=0)
+
+
+def test_one_of_several_validation_loaders_is_to_be_chosen(data):
+    train, val = data
+    train, val = DataLoader(train, batch_size=BATCH), DataLoader(val, batch_size=VAL_SIZE)
+    twice = DataLoader(TensorDataset(*(2 * x for x in val.dataset.tensors)), batch_size=VAL_SIZE)
+
+    class Several(SmallNet):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            return super().validation_step(batch, batch_idx)
+
+    def chosen(**settings: Any) -> Tensor:
+        callback = RTHO(["lr"], hyper_batch_size=4, outer_optimizer=None, **settings)
+        fit(Several(lr=0.1), callback, steps=4, train=train, val=[val, twice])
+        return callback.hypergradients["lr"]
+
+    with pytest.raises(MisconfigurationException, match="has 2 validation loaders"):
+        chosen()
+    alone = RTHO(["lr"], hyper_batch_size=4, outer_optimizer=None)
+    fit(SmallNet(lr=0.1), alone, steps=4, train=train, val=twice)
+    torch.testing.assert_close(chosen(dataloader=twice), alone.hypergradients["lr"])
+    assert chosen(dataloader=val) != chosen(dataloader=twice)
