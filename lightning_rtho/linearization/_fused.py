@@ -65,20 +65,25 @@ def fused_step_jvp(
     if transition.grad.numel() < _LARGE:
         new_state_dot = step_jvp(transition, state_dot, grad_dot, hyper_dot)
         return _unless(keep, new_state_dot, state_dot)
+    # Convolutions may leave tangents in another order of axes than the parameter's.
+    state_dot = {name: value.contiguous() for name, value in state_dot.items()}
     added = _write_jvp(
         transition.rule,
         _flat_state(transition.state),
         transition.grad.reshape(-1),
         transition.hyper,
         {name: _flat(value) for name, value in state_dot.items()},
-        _flat(grad_dot),
+        grad_dot.reshape(len(grad_dot), -1),
         dense(hyper_dot, transition.hyper, len(grad_dot)),
         keep,
     )
     shape = grad_dot.shape
     return {
         **state_dot,
-        **{name: value.view(shape) if value.dim() > 1 else value for name, value in added.items()},
+        **{
+            name: value.reshape(shape) if value.dim() > 1 else value
+            for name, value in added.items()
+        },
     }
 
 
@@ -107,8 +112,8 @@ def fused_step_vjp(
         tuned,
         _flat_state(new_state_bar),
     )
-    state_bar = {name: x.view(shape) if x.dim() else x for name, x in state_bar.items()}
-    return state_bar, grad_bar.view(shape), hyper_bar
+    state_bar = {name: x.reshape(shape) if x.dim() else x for name, x in state_bar.items()}
+    return state_bar, grad_bar.reshape(shape), hyper_bar
 
 
 def _flat_state(state: State) -> State:

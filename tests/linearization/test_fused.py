@@ -60,6 +60,24 @@ def test_fused_equals_plain_and_keeps_what_it_shall_keep(case, monkeypatch):
         assert found["param"].data_ptr() == overwritten["param"].data_ptr()
 
 
+def test_tangents_may_lie_in_another_order():
+    transition, state_dot, grad_dot, hyper_dot = _inputs(ONE_A_RULE[0], 3)
+    expected = step_jvp(transition, state_dot, grad_dot, hyper_dot)
+
+    def turned(x):
+        return x.mT.contiguous().mT if x.dim() > 2 else x.clone()
+
+    found = fused_step_jvp(
+        transition,
+        {name: turned(value) for name, value in state_dot.items()},
+        turned(grad_dot),
+        hyper_dot,
+        keep=torch.tensor(False),
+    )
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.filterwarnings("error:The derivatives of the optimizer's update")
 @pytest.mark.parametrize("case", ONE_A_RULE, ids=lambda case: case.name)
 def test_fused_pulls_back_as_the_plain_one_does(case, monkeypatch):
