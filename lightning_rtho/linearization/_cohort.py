@@ -12,7 +12,7 @@ from lightning_rtho.linearization._fused import fused_step_jvp
 
 __all__ = ["cohort_jvp", "cohorts"]
 
-_SMALL = 2**14
+_SMALL = 2**16
 """Entries up to which joining a parameter with others costs less than calling Phi for it alone."""
 
 

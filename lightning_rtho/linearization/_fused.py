@@ -14,8 +14,8 @@ from lightning_rtho.linearization._step import dense, push, step_jvp, step_vjp
 
 __all__ = ["fused_step_jvp", "fused_step_vjp"]
 
-_LARGE = 2**14
-"""Entries of a parameter from which on one pass less over memory outweighs a call."""
+_LARGE = 2**16
+"""Entries of a parameter from which on faster steps soon make up for seconds of compiling."""
 
 
 class _Compiled:
