@@ -219,8 +219,7 @@ class ForwardHypergradient(AbstractHypergradient):
             grads_dot = self._grads_dot_of(step, columns)
             are_products_finite.append(are_finite(grads_dot))
             keep = ~(is_finite & are_products_finite[-1])
-            if not (keep.device.type == "cpu" and keep):
-                self._push(step, columns, grads_dot, keep)
+            self._push(step, columns, grads_dot, keep)
         self._note(step, is_finite, torch.stack(are_products_finite).all())
         self._pending = None
         self._end_step(step)

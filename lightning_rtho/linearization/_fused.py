@@ -17,6 +17,9 @@ __all__ = ["fused_step_jvp", "fused_step_vjp"]
 _LARGE = 2**16
 """Entries of a parameter from which on faster steps soon make up for seconds of compiling."""
 
+_MOST_VERSIONS = 64
+"""Versions of one function: a process meets many rules, sets of settings and numbers of columns."""
+
 
 class _Compiled:
     """A function compiled when it is first called; the function itself where that fails."""
@@ -28,7 +31,9 @@ class _Compiled:
     def __call__(self, *args: Any) -> Any:
         if not self._failed:
             try:
-                return self._compiled(*args)
+                # Private until torch 2.13 has `compile(recompile_limit=)`; 8 versions were too few.
+                with torch._dynamo.config.patch(recompile_limit=_MOST_VERSIONS):
+                    return self._compiled(*args)
             except Exception as error:  # whatever a missing or broken compiler raises
                 self._failed = True
                 warnings.warn(
@@ -70,10 +75,10 @@ def fused_step_jvp(
     added = _write_jvp(
         transition.rule,
         _flat_state(transition.state),
-        transition.grad.reshape(-1),
+        _flat(transition.grad),
         transition.hyper,
-        {name: _flat(value) for name, value in state_dot.items()},
-        grad_dot.reshape(len(grad_dot), -1),
+        {name: _flat(value, 1) for name, value in state_dot.items()},
+        _flat(grad_dot, 1),
         dense(hyper_dot, transition.hyper, len(grad_dot)),
         keep,
     )
@@ -107,7 +112,7 @@ def fused_step_vjp(
     state_bar, grad_bar, hyper_bar = _pull(
         transition.rule,
         _flat_state(transition.state),
-        transition.grad.reshape(-1),
+        _flat(transition.grad),
         transition.hyper,
         tuned,
         _flat_state(new_state_bar),
@@ -118,12 +123,15 @@ def fused_step_vjp(
 
 def _flat_state(state: State) -> State:
     """Flatten what is shaped as a parameter; leave counts as they are."""
-    return {name: x.reshape(-1) if x.dim() else x for name, x in state.items()}
+    return {name: _flat(x) for name, x in state.items()}
 
 
-def _flat(tangent: Tensor) -> Tensor:
-    """View a tangent ``[m, *P]`` as ``[m, n]``; one of a count stays ``[m]``."""
-    return tangent.view(len(tangent), -1) if tangent.dim() > 1 else tangent
+def _flat(x: Tensor, start: int = 0) -> Tensor:
+    """Return ``[*P]`` as ``[n]``, ``[m, *P]`` as ``[m, n]``; counts ``[]`` and ``[m]`` as they are.
+
+    Detached, since a view would be compiled anew for every shape of the tensor behind it.
+    """
+    return x.flatten(start).detach() if x.dim() > start else x
 
 
 def _unless(keep: Tensor, new: StateTangent, old: StateTangent) -> StateTangent:

@@ -113,22 +113,7 @@ def test_reduced_precision_agrees_with_float32(method, precision, tolerance):
 
 @pytest.mark.parametrize("method", OBSERVERS)
 def test_step_skipped_by_the_scaler_is_no_step(method):
-    torch.set_default_dtype(torch.float32)
-    found = []
-    for overflow in (True, False):
-        callback = OBSERVERS[method]()
-        l2 = Hyperparameter(0.01, Positive())
-        module = test_precision.Overflowing(overflow=overflow, lr=0.1, momentum=0.5, l2=l2)
-        settings = {"steps": 5, "plugins": [scaler()], **ON_GPU}
-        if overflow:
-            with pytest.warns(UserWarning, match="step 3 was skipped"):
-                fit(module, callback, **settings)
-        else:
-            fit(module, callback, **settings)
-        assert [update.step for update in callback.schedule] == [5]
-        found.append(callback.hypergradients["l2"].item())
-    # The scale is halved after the overflow, which only the smallest float16 numbers notice.
-    assert found[0] == pytest.approx(found[1], rel=1e-3)
+    test_precision.check_that_a_skipped_step_is_no_step(OBSERVERS[method], scaler, **ON_GPU)
 
 
 @pytest.mark.parametrize("method", test_checkpoint.METHODS)
