@@ -97,6 +97,17 @@ class DifferentiableOptimizer(Optimizer):
         """The settings, in any group, in whose place a hyperparameter stands."""
         return {site.setting for site in self._sites}
 
+    def acting_as(self, setting: str) -> dict[int, Hyperparameter]:
+        """Return the hyperparameters that stand in the place of a setting.
+
+        Args:
+            setting: The setting, such as ``"lr"``.
+
+        Returns:
+            One for each group that has one there, by the group's number.
+        """
+        return {s.group: s.hyperparameter for s in self._sites if s.setting == setting}
+
     @property
     def params(self) -> list[Tensor]:
         """All parameters, in the order of the groups, each ``[*P]``."""
@@ -229,6 +240,14 @@ class DifferentiableOptimizer(Optimizer):
                 }
             elif param in self._derivative_buffers:
                 self.state[param].update(self._derivative_buffers.pop(param))
+
+    def forget_derivative_buffers(self, param: Tensor) -> None:
+        """Drop what is kept of a weight for the derivative alone.
+
+        Args:
+            param: The weight ``[*P]``.
+        """
+        self._derivative_buffers.pop(param, None)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Let the wrapped optimizer step, calling ``before_update`` between gradient and update."""

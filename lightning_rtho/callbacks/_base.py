@@ -2,11 +2,13 @@
 
 import copy
 import dataclasses
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -20,14 +22,16 @@ from lightning_rtho.callbacks._checks import (
     check_settings,
     refusals_explained,
 )
+from lightning_rtho.callbacks._coupling import decoupled_coordinates
 from lightning_rtho.callbacks._objective import ValidationObjective, check_validation_step
 from lightning_rtho.callbacks._random import read_random_state, write_random_state
 from lightning_rtho.callbacks._run import FollowedRun, schedulers_of
+from lightning_rtho.callbacks._safeguard import Safeguard
 from lightning_rtho.callbacks._selection import Selection, select_hyperparameters
 from lightning_rtho.hypergradient import AbstractHypergradient, Fault, OuterGradient
 from lightning_rtho.hyperparameters import Hyperparameter
 from lightning_rtho.optim import DifferentiableOptimizer
-from lightning_rtho.outer import HyperparameterDescent, OuterOptimizerCallable
+from lightning_rtho.outer import HyperparameterDescent, OuterOptimizerCallable, relative_slopes
 
 __all__ = ["HypergradientCallback", "OuterUpdate"]
 
@@ -42,6 +46,13 @@ class OuterUpdate:
         hypergradients: dE/dlambda with respect to natural values, by name, each ``[*H]``, at the
             values before the update.
         outer_objective: Outer objective before the update.
+        sensitivity: How many of their own lengths the weights move, to first order, for a relative
+            change of a hyperparameter: the largest ||dw/dlog lambda|| / ||w||. Below about 40 in
+            runs that learn; beyond 100 hypergradients mean nothing. NaN for `TRHO`, which does not
+            know dw/dlambda.
+        safeguard: What was done in the place of an ordinary update: ``"lowered"`` where the run was
+            chaotic, ``"restored"`` where it was lost and went back to its best state, which gives
+            no hypergradients (NaN); else None.
 
     Example:
         >>> import torch
@@ -54,6 +65,8 @@ class OuterUpdate:
     values: dict[str, Tensor]
     hypergradients: dict[str, Tensor]
     outer_objective: float
+    sensitivity: float = math.nan
+    safeguard: str | None = None
 
 
 class HypergradientCallback(Callback):
@@ -69,6 +82,7 @@ class HypergradientCallback(Callback):
         outer_batches: int,
         start_step: int,
         stop_step: int | None,
+        safeguard: bool,
     ) -> None:
         _check_count("hyper_batch_size", hyper_batch_size, 1, "optimizer steps between updates")
         _check_count("outer_batches", outer_batches, 1, "validation batches in one evaluation")
@@ -89,6 +103,7 @@ class HypergradientCallback(Callback):
         self.hyper_batch_size = hyper_batch_size
         self.start_step = start_step
         self.stop_step = stop_step
+        self.safeguard = safeguard
         self.schedule: list[OuterUpdate] = []
         self._selection = hyperparameters
         self._outer_optimizer = outer_optimizer
@@ -98,6 +113,7 @@ class HypergradientCallback(Callback):
         self._run: FollowedRun | None = None
         self._objective: ValidationObjective | None = None
         self._descent: HyperparameterDescent | None = None
+        self._safeguard: Safeguard | None = None
         self._next_update = hyper_batch_size
         self._resumed: dict[str, Any] | None = None
         self._random_state: dict[str, Any] | None = None
@@ -166,7 +182,13 @@ class HypergradientCallback(Callback):
         )
         if self._outer_optimizer is not None:
             hypers = list(self._tuned.values())
-            self._descent = HyperparameterDescent(hypers, self._outer_optimizer)
+            self._descent = HyperparameterDescent(
+                hypers, self._outer_optimizer, decoupled_coordinates(hypers, optimizers)
+            )
+            if self.safeguard:
+                self._safeguard = Safeguard(
+                    pl_module, self._run.method, optimizers, hypers, self._descent
+                )
         if self._resumed is not None:
             self._take_back_run(self._resumed)
         self._resumed = None
@@ -186,6 +208,8 @@ class HypergradientCallback(Callback):
         if self._run is not None:
             started = trainer.global_step >= self.start_step
             stopped = self.stop_step is not None and trainer.global_step >= self.stop_step
+            if started and not stopped and self._safeguard is not None and not self._run.steps:
+                self._begin_safeguard(self._safeguard)
             self._run.before_batch(batch, batch_idx, follow=started and not stopped)
 
     @override
@@ -242,16 +266,53 @@ class HypergradientCallback(Callback):
         if update_is_due or batch_idx == 0:  # Lightning forgets metrics when an epoch begins
             self._show(trainer, pl_module)
 
+    def _begin_safeguard(self, safeguard: Safeguard) -> None:
+        """Let the run's first state be one to go back to."""
+        if not safeguard.has_begun:
+            assert self._run is not None
+            assert self._objective is not None
+            method = self._run.method
+            outer = self._objective(method.params, method.hypers, peek=True)
+            safeguard.begin(outer.value.item())
+
     def _update(self, trainer: Trainer, method: AbstractHypergradient) -> None:
         """Measure the hypergradient, move the hyperparameters, write down what was done."""
         assert self._objective is not None
         outer = self._objective(method.params, method.hypers)
+        value, safeguard = outer.value.item(), self._safeguard
+
+        def evaluate_again() -> float:
+            assert self._objective is not None
+            return self._objective(method.params, method.hypers, again=True).value.item()
+
+        if safeguard is not None and safeguard.goes_back(value, evaluate_again):
+            unknown = torch.full((method.entries,), math.nan, dtype=torch.float64)
+            self._write_down(trainer, value, unknown, math.nan, "restored")
+            return
         with refusals_explained():
             hypergradient = method.hypergradient(outer)
+        sensitivity = method.sensitivity(relative_slopes(list(self._tuned.values())))
+        if safeguard is not None and outer.is_finite() and safeguard.calms(sensitivity):
+            self._write_down(trainer, value, hypergradient, sensitivity, "lowered")
+            return
         if self._is_frozen(trainer, method, outer, hypergradient):
             return
+        if safeguard is not None:
+            safeguard.look_at(value)
         if self._descent is not None:
             self._descent.step(hypergradient)
+        self._write_down(trainer, value, hypergradient, sensitivity, None)
+
+    def _write_down(
+        self,
+        trainer: Trainer,
+        value: float,
+        hypergradient: Tensor,
+        sensitivity: float,
+        action: str | None,
+    ) -> None:
+        """Hand the new values to the optimizers; write the update down and log it."""
+        if self._descent is not None:
             for optimizer in _differentiable(trainer):
                 optimizer.write_hyperparameters()
         parts = hypergradient.split([hyper.numel() for hyper in self._tuned.values()])
@@ -262,11 +323,16 @@ class HypergradientCallback(Callback):
                 name: part.reshape(hyper.shape)
                 for (name, hyper), part in zip(self._tuned.items(), parts, strict=True)
             },
-            outer_objective=outer.value.item(),
+            outer_objective=value,
+            sensitivity=sensitivity,
+            safeguard=action,
         )
         self.schedule.append(update)
+        metrics = _metrics(update)
+        if action is not None and self._safeguard is not None:
+            metrics[f"safeguard/{action}"] = self._safeguard.counts[action]
         for logger in trainer.loggers:
-            logger.log_metrics(_metrics(update), step=trainer.global_step)
+            logger.log_metrics(metrics, step=trainer.global_step)
 
     def _is_frozen(
         self,
@@ -329,6 +395,7 @@ class HypergradientCallback(Callback):
                 "method": self._run.method.state_dict(),
                 "objective": self._objective.state_dict(),
                 "descent": None if self._descent is None else self._descent.state_dict(),
+                "safeguard": None if self._safeguard is None else self._safeguard.state_dict(),
                 "random": read_random_state(),
             }
         return copy.deepcopy(state)
@@ -370,6 +437,8 @@ class HypergradientCallback(Callback):
         self._objective.load_state_dict(run["objective"])
         if self._descent is not None and run["descent"] is not None:
             self._descent.load_state_dict(run["descent"])
+        if self._safeguard is not None and run.get("safeguard") is not None:
+            self._safeguard.load_state_dict(run["safeguard"])
 
     # After training
 
@@ -393,7 +462,7 @@ class HypergradientCallback(Callback):
     def _end(self, trainer: Trainer) -> None:
         if self._run is not None:
             self._run.end()
-        self._run = self._objective = self._descent = None
+        self._run = self._objective = self._descent = self._safeguard = None
         trainer.optimizers = [
             o.optimizer if isinstance(o, DifferentiableOptimizer) else o for o in trainer.optimizers
         ]
@@ -405,13 +474,13 @@ def _differentiable(trainer: Trainer) -> list[DifferentiableOptimizer]:
 
 def _metrics(update: OuterUpdate) -> dict[str, float]:
     """Return the scalars of an update; of a hyperparameter with a shape its mean."""
-    metrics = {"outer_objective": update.outer_objective}
+    metrics = {"outer_objective": update.outer_objective, "sensitivity": update.sensitivity}
     for kind, values in (
         ("hyperparameter", update.values),
         ("hypergradient", update.hypergradients),
     ):
         metrics |= {f"{kind}/{name}": value.mean().item() for name, value in values.items()}
-    return metrics
+    return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
 def _check_count(argument: str, value: int, least: int, meaning: str) -> None:

@@ -67,9 +67,15 @@ class ValidationObjective:
         seed = trainer.strategy.broadcast(torch.initial_seed() % 2**63)
         self._stream = CyclingBatches(source, seed, trainer.global_rank, trainer.world_size)
         self._batches = batches
+        self._seen: list[Any] = []
 
     def __call__(
-        self, params: Sequence[Tensor], hypers: Sequence[Tensor], *, peek: bool = False
+        self,
+        params: Sequence[Tensor],
+        hypers: Sequence[Tensor],
+        *,
+        peek: bool = False,
+        again: bool = False,
     ) -> OuterGradient:
         """Evaluate the objective and its derivatives; the training run does not notice.
 
@@ -77,6 +83,7 @@ class ValidationObjective:
             params: Weights, each ``[*P]``.
             hypers: Hyperparameters, natural values, each ``[*H]``.
             peek: Whether the next evaluation shall see the same batches.
+            again: Whether this one shall see those of the last.
 
         Returns:
             Value and derivatives.
@@ -91,8 +98,9 @@ class ValidationObjective:
             native_recurrent_kernels(self._module),
         ):
             try:
-                batches = [next(self._stream) for _ in range(self._batches)]
-                losses = [partial(self._loss, *pair) for pair in zip(batches, count())]
+                if not again:
+                    self._seen = [next(self._stream) for _ in range(self._batches)]
+                losses = [partial(self._loss, *pair) for pair in zip(self._seen, count())]
                 with self._statistics.differentiable() as statistics:
                     outer = outer_gradient(losses, params, hypers, statistics)
             except ValueError as error:

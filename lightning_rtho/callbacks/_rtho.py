@@ -38,6 +38,11 @@ class RTHO(HypergradientCallback):
         discount: Weight of the history in Z; 1 is exact, 0 looks one step back.
         start_step: Optimizer step from which on the run is followed, with Z = 0.
         stop_step: Optimizer step from which on it is not followed any more; None for never.
+        safeguard: Whether to lower the learning rate where the run is chaotic (a sensitivity above
+            100), and to take a run that is lost back to its best state so far, with a third of the
+            rate: one whose outer objective is 5 % above its start or not finite, or whose weights
+            have moved twice their length from the best state for a gain of less than 20 %. That
+            state is one more copy of the training state, in checkpoints too.
 
     Raises:
         ValueError: If a count is too small or `discount` is not in [0, 1].
@@ -63,6 +68,7 @@ class RTHO(HypergradientCallback):
         discount: float = 1.0,
         start_step: int = 0,
         stop_step: int | None = None,
+        safeguard: bool = True,
     ) -> None:
         super().__init__(
             hyperparameters,
@@ -72,6 +78,7 @@ class RTHO(HypergradientCallback):
             outer_batches=outer_batches,
             start_step=start_step,
             stop_step=stop_step,
+            safeguard=safeguard,
         )
         if not 0 <= discount <= 1:
             raise ValueError(

@@ -42,6 +42,7 @@ class TRHO(HypergradientCallback):
             is ``Recompute()``.
         start_step: As `RTHO`.
         stop_step: As `RTHO`.
+        safeguard: As `RTHO`, but a chaotic run is not recognized by its sensitivity.
 
     Raises:
         ValueError: If a count is too small.
@@ -67,6 +68,7 @@ class TRHO(HypergradientCallback):
         tape: Tape | None = None,
         start_step: int = 0,
         stop_step: int | None = None,
+        safeguard: bool = True,
     ) -> None:
         super().__init__(
             hyperparameters,
@@ -76,6 +78,7 @@ class TRHO(HypergradientCallback):
             outer_batches=outer_batches,
             start_step=start_step,
             stop_step=stop_step,
+            safeguard=safeguard,
         )
         if tape is not None and not isinstance(tape, Tape):
             raise TypeError(

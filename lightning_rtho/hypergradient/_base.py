@@ -1,5 +1,6 @@
 """What forward and reverse mode have in common: they follow a training run step by step."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -189,6 +190,17 @@ class AbstractHypergradient(ABC):
         Raises:
             GradientMismatchError: If a step's gradient was not that of its recorded losses.
         """
+
+    def sensitivity(self, slopes: Tensor) -> float:
+        """Return how strongly the weights depend on the hyperparameters, in lengths of the weights.
+
+        Args:
+            slopes: dlambda/du, natural values by the coordinate u in which a change counts ``[m]``.
+
+        Returns:
+            The largest ||dw/du|| / ||w|| of the m entries; NaN where it is not known.
+        """
+        return math.nan
 
     @abstractmethod
     def reset(self) -> None:

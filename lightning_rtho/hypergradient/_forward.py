@@ -1,5 +1,6 @@
 """Forward-HG: tangents of the training state, carried through every step."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, final
 
@@ -316,6 +317,20 @@ class ForwardHypergradient(AbstractHypergradient):
             if tangent is not None and gradient is not None:
                 total += (tangent.reshape(self.entries, -1) @ gradient.flatten()).to(total)
         return total
+
+    def sensitivity(self, slopes: Tensor) -> float:
+        """See :meth:`AbstractHypergradient.sensitivity`; infinite where Z is not finite."""
+        norms = [
+            tangent["param"].reshape(self.entries, -1).norm(dim=1)
+            for tangent in self.tangents
+            if "param" in tangent
+        ]
+        weights = [param.detach().norm() for param in self.params]
+        size = torch.stack(weights).norm().item()
+        if not norms or size == 0:
+            return 0.0
+        largest = (torch.stack(norms).norm(dim=0).to(slopes) * slopes).max().item() / size
+        return math.inf if math.isnan(largest) else largest
 
 
 def _stack(columns: Sequence[Tensor | None], like: Tensor) -> Tensor | None:

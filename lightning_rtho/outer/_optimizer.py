@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_rtho.hyperparameters import Hyperparameter
+from lightning_rtho.outer._coordinates import Coordinates
 
 __all__ = ["HyperparameterDescent", "OuterOptimizerCallable", "adam"]
 
@@ -35,6 +36,7 @@ class HyperparameterDescent:
     Args:
         hyperparameters: What is moved, each ``[*H]``.
         make_optimizer: Makes a torch optimizer of a list of raw tensors.
+        coordinates: Raw coordinates of the hyperparameters; None takes those of their domains.
 
     Example:
         >>> from lightning_rtho import Positive
@@ -46,14 +48,26 @@ class HyperparameterDescent:
     """
 
     def __init__(
-        self, hyperparameters: Sequence[Hyperparameter], make_optimizer: OuterOptimizerCallable
+        self,
+        hyperparameters: Sequence[Hyperparameter],
+        make_optimizer: OuterOptimizerCallable,
+        coordinates: Coordinates | None = None,
     ) -> None:
         self.hyperparameters = list(hyperparameters)
-        self.raw = [
-            hyper.domain.to_raw(hyper.plain).clone().requires_grad_()
-            for hyper in self.hyperparameters
-        ]
-        self.optimizer = make_optimizer(self.raw)
+        self._coordinates = coordinates or Coordinates(hyperparameters)
+        self._make_optimizer = make_optimizer
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin anew, with a fresh optimizer, at the values that the hyperparameters have."""
+        self.raw = [raw.clone().requires_grad_() for raw in self._coordinates.read()]
+        self.optimizer = self._make_optimizer(self.raw)
+
+    def take_up_values(self) -> None:
+        """Go on from values that someone else has given to the hyperparameters."""
+        with torch.no_grad():
+            for raw, value in zip(self.raw, self._coordinates.read(), strict=True):
+                raw.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
         """Return raw values and the optimizer's state."""
@@ -79,13 +93,18 @@ class HyperparameterDescent:
         Args:
             hypergradient: dE/dlambda with respect to natural values ``[m]``.
         """
+        with torch.enable_grad():
+            values = self._coordinates.to_natural(self.raw)
         parts = hypergradient.split([raw.numel() for raw in self.raw])
-        for hyper, raw, part in zip(self.hyperparameters, self.raw, parts, strict=True):
-            with torch.enable_grad():
-                value = hyper.domain.from_raw(raw)
-            (raw.grad,) = torch.autograd.grad(value, raw, part.to(raw).reshape(raw.shape))
+        cotangents = [
+            part.to(value).reshape(value.shape) for part, value in zip(parts, values, strict=True)
+        ]
+        gradients = torch.autograd.grad(values, self.raw, cotangents)
+        for raw, gradient in zip(self.raw, gradients, strict=True):
+            raw.grad = gradient
         self.optimizer.step()
+        self._coordinates.project(self.raw)
         with torch.no_grad():
-            for hyper, raw in zip(self.hyperparameters, self.raw, strict=True):
-                raw.copy_(hyper.domain.project(raw))
-                hyper.assign(hyper.domain.from_raw(raw))
+            values = self._coordinates.to_natural(self.raw)
+            for hyper, value in zip(self.hyperparameters, values, strict=True):
+                hyper.assign(value)

@@ -1,0 +1,195 @@
+"""What is done where a run has become chaotic or is lost: lower the rate, go back."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_rtho.callbacks._snapshot import (
+    distance_from,
+    move_snapshot,
+    restore_snapshot,
+    take_snapshot,
+)
+from lightning_rtho.hypergradient import AbstractHypergradient
+from lightning_rtho.hyperparameters import Hyperparameter
+from lightning_rtho.optim import DifferentiableOptimizer
+from lightning_rtho.outer import Backtracking, HyperparameterDescent
+
+__all__ = ["Safeguard"]
+
+_CHAOS = 100.0
+"""Sensitivity from which on the sign of a hypergradient means nothing.
+
+Runs that learn stay below 40 and seldom pass that; chaotic ones pass 1,000 within 50 steps.
+"""
+
+_CALMING = 3.0 ** (1 / 3)
+"""What a learning rate is divided by where the run is chaotic."""
+
+_RETREAT = 3.0
+"""What it is divided by where the run is lost."""
+
+
+class Safeguard:
+    """Lowers the learning rates of a run that is chaotic, and takes a run that is lost back.
+
+    Where no learning rate is among the hyperparameters, a chaotic run loses its history alone, and
+    a lost one goes back only if hyperparameters have moved since: otherwise it is not their doing.
+
+    Args:
+        module: The module.
+        method: What follows the run.
+        optimizers: The module's optimizers.
+        hypers: The hyperparameters, each ``[*H]``.
+        descent: What moves them.
+    """
+
+    def __init__(
+        self,
+        module: LightningModule,
+        method: AbstractHypergradient,
+        optimizers: Sequence[DifferentiableOptimizer],
+        hypers: Sequence[Hyperparameter],
+        descent: HyperparameterDescent,
+    ) -> None:
+        self._module, self._method, self._optimizers = module, method, optimizers
+        self._hypers, self._descent = list(hypers), descent
+        rates = {id(rate) for o in optimizers for rate in o.acting_as("lr").values()}
+        self._rates = [hyper for hyper in hypers if id(hyper) in rates]
+        self._backtracking = Backtracking()
+        self._best: dict[str, Any] = {}
+        self._best_values: list[Tensor] = []
+        self.counts = {"lowered": 0, "restored": 0}
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is a state to go back to."""
+        return self._backtracking.has_begun
+
+    def begin(self, value: float) -> None:
+        """Take the present state for the start.
+
+        Args:
+            value: Its outer objective.
+        """
+        self._backtracking.begin(value)
+        if self.has_begun:
+            self._keep(value)
+
+    def look_at(self, value: float) -> None:
+        """Keep the present state if it is the best so far by some way, or has other weights.
+
+        Args:
+            value: Its outer objective.
+        """
+        if not self.has_begun:
+            self.begin(value)
+        elif self._has_grown() or self._backtracking.is_worth_keeping(value):
+            self._keep(value)
+
+    def goes_back(self, value: float, evaluate_again: Callable[[], float]) -> bool:
+        """Go back to the best state, with a lower learning rate, if the run is lost.
+
+        Args:
+            value: Outer objective of the present state.
+            evaluate_again: Gives that of the weights that stand in the module, on the same data.
+
+        Returns:
+            Whether it went back.
+        """
+        if not self.has_begun or self._has_grown() or not self._can_go_back():
+            return False
+        distance = distance_from(self._best, self._method.params)
+        if not self._backtracking.suspects(value, distance):
+            return False
+        present = self._copy()
+        self._restore(self._best)
+        if not self._backtracking.confirms(value, evaluate_again(), distance):
+            self._restore(present)
+            return False
+        for hyper, best in zip(self._hypers, self._best_values, strict=True):
+            is_rate = any(hyper is rate for rate in self._rates)
+            hyper.assign(hyper.plain.minimum(best) if is_rate else best)
+        self._lower_rates(_RETREAT)
+        self._descent.restart()
+        self._method.reset()
+        self._note("restored", f"the outer objective was {value:.3g}, so the run went back to its "
+                   "best state so far, with a third of the learning rate")  # fmt: skip
+        return True
+
+    def calms(self, sensitivity: float) -> bool:
+        """Lower the learning rate and begin the history anew if the run is chaotic.
+
+        Args:
+            sensitivity: ||dw/du|| / ||w||; NaN where it is not known.
+
+        Returns:
+            Whether it was.
+        """
+        if not sensitivity > _CHAOS:
+            return False
+        self._lower_rates(_CALMING)
+        self._descent.take_up_values()
+        self._method.reset()
+        self._note("lowered", f"the weights' sensitivity is {sensitivity:.3g}, where hypergradients"
+                   " mean nothing, so the learning rate was lowered")  # fmt: skip
+        return True
+
+    def _note(self, kind: str, what: str) -> None:
+        """Count, and warn the first time."""
+        self.counts[kind] += 1
+        if self.counts[kind] == 1:
+            rank_zero_warn(
+                f"At step {self._module.global_step} {what}. The log counts this as "
+                f"`safeguard/{kind}`, it is said once; `safeguard=False` turns it off."
+            )
+
+    def _can_go_back(self) -> bool:
+        moved = [
+            not torch.equal(hyper.plain, best)
+            for hyper, best in zip(self._hypers, self._best_values, strict=True)
+        ]
+        return bool(self._rates) or any(moved)
+
+    def _has_grown(self) -> bool:
+        """Tell whether weights were added to the run since the best state."""
+        return len(self._best["params"]) < len(self._method.params)
+
+    def _lower_rates(self, factor: float) -> None:
+        for rate in self._rates:
+            raw = rate.domain.to_raw(rate.plain / factor)
+            rate.assign(rate.domain.from_raw(rate.domain.project(raw)))
+
+    def _keep(self, value: float) -> None:
+        self._backtracking.best = value
+        self._best = self._copy()
+        self._best_values = [hyper.plain.clone() for hyper in self._hypers]
+
+    def _copy(self) -> dict[str, Any]:
+        return take_snapshot(self._module, self._method.params, self._optimizers)
+
+    def _restore(self, snapshot: dict[str, Any]) -> None:
+        restore_snapshot(snapshot, self._module, self._method.params, self._optimizers)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is known of the run, the best state included."""
+        return {
+            "backtracking": self._backtracking.state_dict(),
+            "best": self._best,
+            "best_values": self._best_values,
+            "counts": self.counts,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned.
+
+        Args:
+            state: The state; its weights are in the order of those that the method follows.
+        """
+        self._backtracking.load_state_dict(state["backtracking"])
+        self._best = move_snapshot(state["best"], self._method.params)
+        self._best_values, self.counts = state["best_values"], state["counts"]

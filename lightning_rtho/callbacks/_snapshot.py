@@ -1,0 +1,148 @@
+"""Copies of a training state, to go back to."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lightning_rtho.hyperparameters import Hyperparameter
+from lightning_rtho.optim import DifferentiableOptimizer
+
+__all__ = ["distance_from", "move_snapshot", "restore_snapshot", "take_snapshot"]
+
+
+def take_snapshot(
+    module: LightningModule,
+    params: Sequence[Tensor],
+    optimizers: Sequence[DifferentiableOptimizer],
+) -> dict[str, Any]:
+    """Copy what training steps change: weights, optimizer state and buffers.
+
+    Args:
+        module: The module.
+        params: Its trained weights, each ``[*P]``.
+        optimizers: Their optimizers.
+
+    Returns:
+        Tensors, numbers, lists and dicts.
+    """
+    return {
+        "params": [param.detach().clone() for param in params],
+        "states": [_copy(_state_of(param, optimizers)) for param in params],
+        "buffers": {name: buffers[key].clone() for name, buffers, key in _buffers(module)},
+    }
+
+
+def restore_snapshot(
+    snapshot: dict[str, Any],
+    module: LightningModule,
+    params: Sequence[Tensor],
+    optimizers: Sequence[DifferentiableOptimizer],
+) -> None:
+    """Write a copy back, in place where that can be; settings of the optimizer stay.
+
+    Args:
+        snapshot: What :func:`take_snapshot` returned for the same weights.
+        module: The module.
+        params: Its trained weights, each ``[*P]``.
+        optimizers: Their optimizers.
+    """
+    trained_by = {param: optimizer for optimizer in optimizers for param in optimizer.params}
+    with torch.no_grad():
+        for param, value, state in zip(params, snapshot["params"], snapshot["states"], strict=True):
+            param.copy_(value)
+            param.grad = None  # it was that of the weights that are given up
+            for optimizer in optimizers:
+                if param in optimizer.state or (state and trained_by[param] is optimizer):
+                    _write(optimizer.state[param], state)
+                    if not state:  # before an optimizer's first step it knows no weight
+                        del optimizer.state[param]
+                optimizer.forget_derivative_buffers(param)
+        for name, buffers, key in _buffers(module):
+            if name in snapshot["buffers"]:
+                _write(buffers, {key: snapshot["buffers"][name]}, whole=False)
+
+
+def distance_from(snapshot: dict[str, Any], params: Sequence[Tensor]) -> float:
+    """Return how far weights have moved, in lengths of those of a copy.
+
+    Args:
+        snapshot: The copy.
+        params: The weights, each ``[*P]``.
+
+    Returns:
+        ||w - w'|| / ||w'||; 0 where w' is 0 and has no length.
+    """
+    pairs = list(zip(params, snapshot["params"], strict=True))
+    moved = _norm([param.detach() - kept for param, kept in pairs])
+    length = _norm([kept for _, kept in pairs])
+    return moved / length if length > 0 else 0.0
+
+
+def move_snapshot(snapshot: dict[str, Any], params: Sequence[Tensor]) -> dict[str, Any]:
+    """Move a copy that was read from a file to where its weights are.
+
+    Args:
+        snapshot: The copy; of a run that had not begun it is empty.
+        params: The weights, each ``[*P]``; the first of them are those of the copy.
+
+    Returns:
+        The copy.
+    """
+    if not snapshot:
+        return snapshot
+    devices = [param.device for param in params]
+    return {
+        **snapshot,
+        "params": [w.to(device) for w, device in zip(snapshot["params"], devices, strict=False)],
+        "states": [
+            # Scalars such as Adam's step stand where torch wants them.
+            {k: v.to(device) if isinstance(v, Tensor) and v.dim() > 0 else v for k, v in s.items()}
+            for s, device in zip(snapshot["states"], devices, strict=False)
+        ],
+    }
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    if not tensors:
+        return 0.0
+    length: float = torch.stack([tensor.norm() for tensor in tensors]).norm().item()
+    return length
+
+
+def _state_of(param: Tensor, optimizers: Sequence[DifferentiableOptimizer]) -> dict[str, Any]:
+    """Return what the optimizer that trains a weight keeps of it."""
+    return next((o.state[param] for o in optimizers if param in o.state), {})
+
+
+def _copy(state: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+
+
+def _write(place: dict[str, Any], values: dict[str, Any], whole: bool = True) -> None:
+    """Write values into a dict; where it is written as a whole, nothing else stays in it."""
+    for key in [key for key in place if whole and key not in values]:
+        del place[key]
+    for key, value in values.items():
+        present = place.get(key)
+        if not isinstance(value, Tensor):
+            place[key] = value
+        elif (
+            isinstance(present, Tensor)
+            and present.shape == value.shape
+            and present.layout == value.layout
+            and not present.is_inference()
+        ):
+            present.copy_(value)
+        else:
+            place[key] = value.clone()
+
+
+def _buffers(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Yield the name of every buffer, the dict that holds it and its key there."""
+    for prefix, submodule in module.named_modules():
+        for key, buffer in submodule._buffers.items():
+            if buffer is not None and not isinstance(buffer, Hyperparameter):
+                yield f"{prefix}.{key}", submodule._buffers, key
