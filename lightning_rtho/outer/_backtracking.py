@@ -16,7 +16,7 @@ by 5 to 100 lengths in 10 steps, and E then rests within 4 % of its start.
 """
 
 _GAIN = 0.2
-"""The gain that is asked for then, as a part of E at the best state."""
+"""The gain that is asked for every such distance, as a part of E at its beginning."""
 
 _NEWS = 0.05
 """How far E has to fall below the best state's before another is kept, as a part of it."""
@@ -27,8 +27,9 @@ class Backtracking:
     """Judges the outer objective E of a run by where it began and by the best state so far.
 
     A run is lost where E is 5 % above its start or is not finite; or where the weights have moved
-    by twice their own length from the best state and E is not 20 % below that state's. Since E is
-    taken on other data every time, the best state is evaluated on the same before it is believed.
+    by more than twice their own length from the best state and E has not fallen by 20 % for every
+    two lengths. Since E is taken on other data every time, the best state is evaluated on the same
+    before it is believed.
 
     Attributes:
         start: E where the run began; NaN before :meth:`begin`.
@@ -115,4 +116,7 @@ class Backtracking:
 
 def _strayed(value: float, best: float, distance: float) -> bool:
     """Tell whether the weights have gone far for too small a gain."""
-    return distance > _FAR and not value < best - _GAIN * abs(best)
+    if not distance > _FAR:
+        return False
+    gain = 1 - (1 - _GAIN) ** (distance / _FAR)
+    return not value < best - gain * abs(best)

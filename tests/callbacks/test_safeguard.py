@@ -1,0 +1,309 @@
+"""Runs that are chaotic or lost: what the callback does with them, and that it does no harm."""
+
+import csv
+import math
+import warnings
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn, optim
+
+from lightning_rtho import RTHO, TRHO, Hyperparameter, Interval, Positive
+from lightning_rtho.callbacks._coupling import decoupled_coordinates
+from lightning_rtho.callbacks._snapshot import distance_from, restore_snapshot, take_snapshot
+from lightning_rtho.optim import DifferentiableOptimizer
+from lightning_rtho.outer import relative_slopes
+from tests.callbacks.problems import FEATURES, SmallNet, fit, validation_loss
+from tests.callbacks.test_checkpoint import final, run
+
+METHODS = {"forward": RTHO, "reverse": TRHO}
+each_method = pytest.mark.parametrize("method", METHODS)
+quiet = pytest.mark.filterwarnings("ignore:At step")
+
+
+def actions(callback):
+    return [update.safeguard for update in callback.schedule]
+
+
+# Lost runs
+
+
+@each_method
+@pytest.mark.parametrize("optimizer", [optim.SGD, optim.Adam])
+def test_a_rate_that_destroys_the_network_is_survived(method, optimizer):
+    start = validation_loss(SmallNet())
+    found = {}
+    for safeguard in (True, False):
+        callback = METHODS[method](["lr"], hyper_batch_size=2, safeguard=safeguard)
+        module = SmallNet(optimizer, lr=30.0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fit(module, callback, steps=60)
+        found[safeguard] = validation_loss(module), callback
+    assert found[True][0] < start
+    assert not found[False][0] < start
+    assert "restored" in actions(found[True][1])
+    assert set(actions(found[False][1])) <= {None}
+
+
+@quiet
+@each_method
+def test_going_back_is_exact_and_divides_the_rate_by_three(method):
+    """With an update after each step, the first is lost: the run stands where it began."""
+    begin = SmallNet(optim.SGD, lr=1e6, momentum=0.9)
+    callback = METHODS[method](["lr"], hyper_batch_size=1)
+    module = SmallNet(optim.SGD, lr=1e6, momentum=0.9)
+    trainer = fit(module, callback, steps=1)
+    assert actions(callback) == ["restored"]
+    for one, other in zip(module.parameters(), begin.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert not trainer.optimizers[0].state
+    assert callback.hyperparameters["lr"].item() == pytest.approx(1e6 / 3, rel=1e-12)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == callback.hyperparameters["lr"].item()
+    assert callback.hypergradients["lr"].isnan()
+
+
+def test_it_is_said_once_and_counted_in_the_log(tmp_path):
+    callback = RTHO(["lr"], hyper_batch_size=1)
+    with pytest.warns(UserWarning, match="went back to its best state") as warned:
+        fit(SmallNet(lr=1e6), callback, steps=4, logger=CSVLogger(tmp_path))
+    assert sum("went back" in str(w.message) for w in warned) == 1
+    assert actions(callback) == ["restored"] * 4
+    (log,) = tmp_path.rglob("metrics.csv")
+    with log.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["safeguard/restored"]) for row in rows] == [1, 2, 3, 4]
+
+
+@quiet
+def test_the_schedule_goes_on_from_the_lower_base():
+    class Scheduled(SmallNet):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            return [optimizer], [
+                {"scheduler": optim.lr_scheduler.ExponentialLR(optimizer, 0.5), "interval": "step"}
+            ]
+
+    callback = RTHO(["lr"], hyper_batch_size=1)
+    trainer = fit(Scheduled(lr=1e6), callback, steps=2)
+    assert actions(callback) == ["restored"] * 2
+    # One halving a step, one third a step back.
+    rate = trainer.optimizers[0].param_groups[0]["lr"]
+    assert rate == pytest.approx(1e6 / 9 / 4, rel=1e-12)
+
+
+@quiet
+def test_without_a_rate_only_moved_hyperparameters_go_back():
+    """The first update finds the start's values: what was lost is not their doing."""
+    module = SmallNet(lr=1e3, l2=Hyperparameter(0.01, Positive()))
+    callback = RTHO(["l2"], hyper_batch_size=1)
+    fit(module, callback, steps=1)
+    assert "restored" not in actions(callback)
+
+    class Jumping(SmallNet):
+        """Learns for three steps, then is destroyed by an outer step."""
+
+    module = Jumping(lr=0.1, l2=Hyperparameter(0.01, Positive()))
+    callback = RTHO(["l2"], hyper_batch_size=1, outer_optimizer=lambda raw: Leap(raw, at=3))
+    fit(module, callback, steps=8)
+    assert "restored" in actions(callback)
+    assert callback.hyperparameters["l2"].item() < 1
+
+
+class Leap(optim.SGD):
+    """Descends, but for one step that leads far up."""
+
+    def __init__(self, params, at):
+        super().__init__(params, lr=0.01)
+        self.calls, self.at = 0, at
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.calls += 1
+        if self.calls == self.at:
+            with torch.no_grad():
+                self.param_groups[0]["params"][0] += 15
+
+
+@each_method
+def test_noisy_data_do_not_send_a_good_run_back(method):
+    class Noisy(SmallNet):
+        def validation_step(self, batch, batch_idx):
+            noise = 1.0 if self.global_step in (0, 1) else 3.0
+            return noise * super().validation_step(batch, batch_idx)
+
+    callback = METHODS[method](["lr"], hyper_batch_size=1)
+    fit(Noisy(lr=0.01), callback, steps=6)
+    assert actions(callback) == [None] * 6
+
+
+# Chaotic runs
+
+
+def sensitivity_of_run(lr: float) -> float:
+    """||dw/dlog lr|| / ||w|| after four steps, by central differences."""
+    weights = []
+    for factor in (1 - 1e-5, 1.0, 1 + 1e-5):
+        module = SmallNet(optim.SGD, lr=lr * factor, momentum=0.5)
+        fit(module, steps=4)
+        weights.append(nn.utils.parameters_to_vector(module.parameters()).detach())
+    return ((weights[2] - weights[0]).norm() / 2e-5 / weights[1].norm()).item()
+
+
+def test_sensitivity_is_the_relative_change_of_the_weights_by_the_relative_change_of_the_rate():
+    callback = RTHO(["lr"], hyper_batch_size=4, outer_optimizer=None)
+    fit(SmallNet(optim.SGD, lr=0.1, momentum=0.5), callback, steps=4)
+    # Float64 differences at a step of 1e-5 err by about 1e-9.
+    assert callback.schedule[-1].sensitivity == pytest.approx(sensitivity_of_run(0.1), rel=1e-6)
+
+
+def test_sensitivity_of_reverse_mode_is_not_known_and_not_logged(tmp_path):
+    callback = TRHO(["lr"], hyper_batch_size=2)
+    fit(SmallNet(lr=0.1), callback, steps=4, logger=CSVLogger(tmp_path))
+    assert all(math.isnan(update.sensitivity) for update in callback.schedule)
+    (log,) = tmp_path.rglob("metrics.csv")
+    assert "sensitivity" not in log.read_text().splitlines()[0]
+
+
+def test_a_chaotic_run_gets_a_lower_rate_and_a_fresh_history(monkeypatch):
+    monkeypatch.setattr("lightning_rtho.callbacks._safeguard._CHAOS", 1e-3)
+    callback = RTHO(["lr", "momentum"], hyper_batch_size=2)
+    module = SmallNet(optim.SGD, lr=0.01, momentum=0.5)
+    with pytest.warns(UserWarning, match="sensitivity"):
+        fit(module, callback, steps=6)
+    assert actions(callback)[:2] == ["lowered"] * 2
+    values = [update.values["lr"].item() for update in callback.schedule]
+    assert values[0] == pytest.approx(0.01 / 3 ** (1 / 3), rel=1e-12)
+    assert callback.schedule[0].values["momentum"].item() == 0.5
+    sensitivities = [update.sensitivity for update in callback.schedule]
+    assert sensitivities[1] < 2 * sensitivities[0]  # of two steps again, not of four
+
+
+# Doing no harm
+
+
+@each_method
+def test_observing_is_bitwise_harmless_whatever_happens(method):
+    plain = SmallNet(optim.SGD, lr=3.0)
+    fit(plain, steps=6)
+    observed = SmallNet(optim.SGD, lr=3.0)
+    callback = METHODS[method](["lr"], hyper_batch_size=1, outer_optimizer=None)
+    fit(observed, callback, steps=6)
+    assert max(u.outer_objective for u in callback.schedule) > 1.05 * validation_loss(SmallNet())
+    for one, other in zip(plain.parameters(), observed.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@each_method
+def test_a_run_that_learns_is_left_alone(method):
+    values = []
+    for safeguard in (True, False):
+        callback = METHODS[method](hyper_batch_size=2, safeguard=safeguard)
+        module = SmallNet(optim.Adam, lr=Hyperparameter(1e-3, Positive()))
+        fit(module, callback, steps=20)
+        values.append([update.values for update in callback.schedule])
+        assert set(actions(callback)) == {None}
+    assert values[0] == values[1]
+
+
+@quiet
+@each_method
+def test_a_resumed_run_goes_back_to_the_same_state_bit_for_bit(method, tmp_path):
+    def lost_run(path, **settings):
+        module = SmallNet(optim.Adam, lr=Hyperparameter(3.0, Positive()))
+        callback = METHODS[method](hyper_batch_size=2)
+        return final(*run(callback, path, module=module, **settings), callback), callback
+
+    expected, whole = lost_run(tmp_path / "whole")
+    file = tmp_path / "whole" / "step=3.ckpt"
+    torch.load(file, weights_only=True)
+    found, _ = lost_run(tmp_path / "rest", ckpt_path=file, seed=99)
+    assert "restored" in actions(whole)[1:]  # after the interruption
+    different = [
+        k for k in expected if not torch.equal(found[k].nan_to_num(), expected[k].nan_to_num())
+    ]
+    assert different == []
+
+
+# Snapshots
+
+
+def small_run(optimizer=optim.Adam):
+    module = nn.Sequential(nn.Linear(FEATURES, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    inner = DifferentiableOptimizer(optimizer(module.parameters(), lr=0.1))
+    return module, list(module.parameters()), [inner]
+
+
+def train(module, optimizers, steps):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        module(torch.randn(8, FEATURES, generator=generator)).square().mean().backward()
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+
+
+def held(module, optimizers):
+    tensors = [*module.state_dict().values()]
+    return tensors + [v for s in optimizers[0].state.values() for v in s.values()]
+
+
+@pytest.mark.parametrize("before", [0, 3])
+def test_training_goes_on_from_a_snapshot_bit_for_bit_and_more_than_once(before):
+    module, params, optimizers = small_run()
+    train(module, optimizers, before)
+    snapshot = take_snapshot(module, params, optimizers)
+    train(module, optimizers, 4)
+    expected = [tensor.clone() for tensor in held(module, optimizers)]
+    for _ in range(2):
+        restore_snapshot(snapshot, module, params, optimizers)
+        assert bool(optimizers[0].state) == bool(before)
+        train(module, optimizers, 4)
+        found = held(module, optimizers)
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_distance_is_measured_in_lengths_of_the_snapshot():
+    module, params, optimizers = small_run()
+    snapshot = take_snapshot(module, params, optimizers)
+    with torch.no_grad():
+        for param in params:
+            param.mul_(-2)
+    assert distance_from(snapshot, params) == pytest.approx(3.0, rel=1e-6)  # float32
+    zero = {"params": [torch.zeros_like(param) for param in params]}
+    assert distance_from(zero, params) == 0.0
+
+
+# Coupling
+
+
+def coordinates_of(groups):
+    hypers = []
+    for group in groups:
+        for value in group.values():
+            if isinstance(value, Hyperparameter) and not any(value is h for h in hypers):
+                hypers.append(value)
+    weights = [{"params": [torch.zeros(1, requires_grad=True)], **group} for group in groups]
+    optimizer = DifferentiableOptimizer(optim.SGD(weights, lr=0.1, momentum=0.5))
+    return hypers, decoupled_coordinates(hypers, [optimizer])
+
+
+def test_rate_and_momentum_of_each_group_are_coupled_if_they_are_a_pair():
+    def rate():
+        return Hyperparameter(0.1, Positive())
+
+    def momentum():
+        return Hyperparameter(0.5, Interval(0, 1))
+
+    _, pairs = coordinates_of([{"lr": rate(), "momentum": momentum()} for _ in range(2)])
+    raw = [value.exp().item() for value in pairs.read()]
+    assert raw[0] == pytest.approx(0.2)  # 0.1 / (1 - 0.5)
+    assert raw[2] == pytest.approx(0.2)
+    shared = momentum()
+    _, single = coordinates_of([{"lr": rate(), "momentum": shared} for _ in range(2)])
+    assert single.read()[0].exp().item() == pytest.approx(0.1)
+
+
+def test_slopes_follow_the_order_of_the_hyperparameters():
+    hypers, _ = coordinates_of([{"lr": Hyperparameter(0.1, Positive())}])
+    assert relative_slopes(hypers).tolist() == pytest.approx([0.1])

@@ -1,0 +1,71 @@
+"""When a run counts as lost."""
+
+import math
+
+import pytest
+
+from lightning_rtho.outer import Backtracking
+
+
+def begun(start: float) -> Backtracking:
+    backtracking = Backtracking()
+    backtracking.begin(start)
+    return backtracking
+
+
+@pytest.mark.parametrize("start", [2.0, -2.0])
+def test_a_rise_of_more_than_a_twentieth_above_the_start_is_suspect(start):
+    judge = begun(start)
+    assert not judge.suspects(start + 0.09, distance=0)
+    assert judge.suspects(start + 0.11, distance=0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_suspect_and_the_data_decide(value):
+    judge = begun(2.0)
+    assert judge.suspects(value, distance=math.nan)
+    assert judge.confirms(value, best=2.0, distance=math.nan)
+    assert not judge.confirms(value, best=value, distance=math.nan)
+
+
+def test_a_noisy_batch_that_is_bad_for_the_best_state_too_is_not_held_against_the_run():
+    assert begun(2.0).suspects(3.0, distance=0.5)
+    assert not begun(2.0).confirms(3.0, best=3.0, distance=0.5)
+
+
+@pytest.mark.parametrize(
+    ("distance", "value", "lost"),
+    [
+        (1.9, 1.9, False),
+        (2.1, 1.7, True),
+        (2.1, 1.5, False),
+        (6.0, 1.1, True),  # 2 * 0.8 ** 3 = 1.02
+        (6.0, 1.0, False),
+    ],
+)
+def test_weights_have_to_gain_a_fifth_for_every_two_lengths(distance, value, lost):
+    assert begun(2.0).suspects(value, distance) == lost
+    assert begun(9.0).confirms(value, best=2.0, distance=distance) == lost
+
+
+def test_a_run_begins_where_its_objective_is_finite():
+    judge = begun(math.inf)
+    assert not judge.has_begun
+    judge.begin(1.0)
+    assert judge.has_begun
+
+
+def test_few_states_are_kept_while_the_objective_falls():
+    judge, value, kept = begun(1.0), 1.0, 0
+    while value > 0.01:
+        value *= 0.999
+        if judge.is_worth_keeping(value):
+            judge.best, kept = value, kept + 1
+    assert 80 <= kept <= 90  # ln 0.01 / ln 0.95
+
+
+def test_state_is_taken_over():
+    judge, other = begun(2.0), Backtracking()
+    judge.best = 1.0
+    other.load_state_dict(judge.state_dict())
+    assert (other.start, other.best) == (2.0, 1.0)
