@@ -1,5 +1,6 @@
 """Every script of `examples/`, shortened: it runs, leaves its files and prints its number."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,11 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parent.parent
-OPTIONS = {"digits": ["--steps", "60"], "toy_trajectories": []}
+OPTIONS = {
+    "digits": ["--steps", "60"],
+    "toy_trajectories": [],
+    "starts": ["--quick", "--steps", "20"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -17,9 +22,9 @@ def run(tmp_path_factory):
     """Run a script once; give its output folder and what it printed."""
     finished = {}
 
-    def run_once(script):
-        if script not in finished:
-            output = tmp_path_factory.mktemp(script)
+    def run_once(script, again=False):
+        if script not in finished or again:
+            output = finished[script][0] if again else tmp_path_factory.mktemp(script)
             done = subprocess.run(
                 [
                     sys.executable,
@@ -95,3 +100,18 @@ def test_digits_logs_a_learning_rate_that_grows_from_too_small_a_start(run, meth
     assert len(logged["outer_objective"]) == 6
     assert len(logged["error/test"]) == 3
     assert logged["hyperparameter/lr"][-1] > 1.3e-5
+
+
+def test_starts_prints_a_row_for_each_kind_of_run_and_goes_on_where_it_was_stopped(run):
+    output, done = run("starts")
+    assert "80 of 80 runs to do" in done.stdout
+    file = output / "starts-20.json"
+    results = json.loads(file.read_text())
+    file.write_text(json.dumps(results[:-3]))
+    _, again = run("starts", again=True)
+    assert "3 of 80 runs to do" in again.stdout
+    for printed in (done.stdout, again.stdout):
+        rows = [line.split() for line in printed.splitlines() if line.startswith("digits")]
+        assert len(rows) == 10
+        assert rows[0][:4] == ["digits", "SGD", "fixed", "nothing"]
+        assert all(row[-1] == "8" for row in rows)
