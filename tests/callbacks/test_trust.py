@@ -102,7 +102,7 @@ def read_metrics(trainer: L.Trainer) -> list[str]:
 
     with (Path(trainer.logger.log_dir) / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    ours = ("hyperparameter/", "hypergradient/", "outer_objective")
+    ours = ("hyperparameter/", "hypergradient/", "outer_objective", "sensitivity", "safeguard/")
     kept = [{k: v for k, v in row.items() if v and not k.startswith(ours)} for row in rows]
     return [str(sorted(row.items())) for row in kept if set(row) - {"step", "epoch"}]
 
