@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -21,6 +22,7 @@ from lightning_rtho.callbacks._kernels import (
 )
 from lightning_rtho.callbacks._manual import ManualStep
 from lightning_rtho.callbacks._replay import TrainingStepReplay, loss_scale
+from lightning_rtho.dynamics import Transition
 from lightning_rtho.hypergradient import AbstractHypergradient, OptimizerStep, Recollection
 from lightning_rtho.hyperparameters import Hyperparameter
 from lightning_rtho.linearization import (
@@ -67,6 +69,10 @@ class FollowedRun:
         self._statistics = RunningStatistics(module)
         self._clip = _clip(trainer)
         self._raw_grads: dict[Tensor, Tensor] = {}
+        self._handed_over: list[Tensor] = []
+        self._versions: dict[Tensor, int] = {}
+        self._shares_gradients = False
+        self._is_written_to: bool | None = None  # gradients, by someone else, in the first step
         self._manual = None if module.automatic_optimization else ManualStep(module)
         self._following = self._resting = self._warned_of_freezing = False
         self._live: set[Tensor] = set()
@@ -169,7 +175,24 @@ class FollowedRun:
                 if gradient is not None
                 and (self._manual is None or self._manual.takes_gradient(param))
             ]
-            self._module.backward = partial(_accumulate, pairs)  # type: ignore[method-assign]
+            self._shares_gradients = self._may_share_gradients() and all(
+                _fits(param, gradient) for param, gradient in pairs
+            )
+            hand_over = _share if self._shares_gradients else _accumulate
+            self._module.backward = partial(hand_over, pairs)  # type: ignore[method-assign]
+            self._handed_over = [param for param, _ in pairs]
+
+    def _may_share_gradients(self) -> bool:
+        """Tell whether nothing is known that writes to gradients or adds to them."""
+        return (
+            self._is_written_to is False
+            and self._manual is None
+            and self._clip is None
+            and self._trainer.world_size == 1
+            and self._trainer.accumulate_grad_batches == 1
+            and loss_scale(self._trainer) == 1
+            and not is_overridden("optimizer_zero_grad", self._module)
+        )
 
     def _look_for_unseen(self, loss: Tensor) -> None:
         """Strike off the hyperparameters on which the loss depends."""
@@ -201,6 +224,10 @@ class FollowedRun:
     def after_backward(self) -> None:
         """Give backward back to the module."""
         vars(self._module).pop("backward", None)
+        for param in self._handed_over:
+            if param.grad is not None:
+                self._versions[param] = param.grad._version
+        self._handed_over = []
         for hyper in self._tuned.values():
             hyper.grad = None
 
@@ -257,13 +284,35 @@ class FollowedRun:
         raw = [raw_grads.get(trained[t.index], t.grad) for t in transitions]
         positions = {param: i for i, param in enumerate(self.method.params)}
         followed = [replace(t, index=positions[trained[t.index]]) for t in transitions]
+        step = OptimizerStep(
+            followed,
+            raw,
+            clip,
+            self._trainer.global_step,
+            is_traced=self._are_gradients_traced(followed),
+        )
         with refusals_explained():
-            self.method.advance(OptimizerStep(followed, raw, clip, self._trainer.global_step))
+            self.method.advance(step)
         if self._manual is None:
             self.method.forget_gradients(range(len(self.method.params)))
         optimizer.carry_derivative_buffers(transitions)
         self.steps += bool(transitions)
         self._recorded, self._raw_grads = False, {}
+
+    def _are_gradients_traced(self, transitions: Sequence[Transition]) -> bool | None:
+        """See :attr:`OptimizerStep.is_traced`."""
+        versions, self._versions = self._versions, {}
+        is_written_to = any(
+            param.grad is None or param.grad._version != version
+            for param, version in versions.items()
+        )
+        if self._is_written_to is None:
+            self._is_written_to = is_written_to
+        if not self._shares_gradients:
+            return None
+        if is_written_to:
+            return False
+        return True if all(self.method.params[t.index] in versions for t in transitions) else None
 
     def _record_statistics(self) -> None:
         """Record forward passes that no backward pass has followed, before their weights move."""
@@ -378,6 +427,24 @@ def _accumulate(
     if pairs:
         params, gradients = zip(*pairs, strict=True)
         torch.autograd.backward(params, gradients)
+
+
+def _fits(param: Tensor, gradient: Tensor) -> bool:
+    """Tell whether a gradient may be what autograd would make of it, without a copy."""
+    return (
+        param.grad is None
+        and gradient.stride() == param.stride()
+        and gradient.dtype == param.dtype
+        and gradient.device == param.device
+        # Private: torch tells in no other way that someone waits for gradients.
+        and not getattr(param, "_post_accumulate_grad_hooks", None)
+    )
+
+
+def _share(pairs: Sequence[tuple[Tensor, Tensor]], loss: Tensor, *args: Any, **kwargs: Any) -> None:
+    """Stand in for ``LightningModule.backward`` as :func:`_accumulate`, without copies."""
+    for param, gradient in pairs:
+        param.grad = gradient
 
 
 def _clip(trainer: Trainer) -> GradientClip | None:

@@ -64,12 +64,16 @@ class OptimizerStep:
         raw_grads: Their gradients before clipping, each ``[*P]``.
         clip: The clipping between raw gradients and those in `transitions`.
         number: How many steps the run has made before.
+        is_traced: Whether the gradients are the very tensors that
+            :meth:`AbstractHypergradient.record` returned, and stay what they are; False if someone
+            has written to them; None if they are others, which may be equal.
     """
 
     transitions: Sequence[Transition]
     raw_grads: Sequence[Tensor]
     clip: GradientClip | None = None
     number: int = 0
+    is_traced: bool | None = None
 
 
 class Fault(NamedTuple):
@@ -281,6 +285,8 @@ def edited(step: OptimizerStep, traced: Sequence[Tensor | None]) -> Tensor:
     Returns:
         A boolean ``[]``, not yet synchronised with the host.
     """
+    if step.is_traced is not None:
+        return torch.tensor(not step.is_traced)
     differs = _differ(step.raw_grads, traced)
     if step.clip is not None:
         grads = [transition.grad for transition in step.transitions]

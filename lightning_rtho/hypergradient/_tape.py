@@ -331,7 +331,8 @@ def _copy_step(step: OptimizerStep, copy: Callable[[Tensor], Tensor]) -> Optimiz
 
     def copy_transition(transition: Transition) -> Transition:
         state = {name: copy(value) for name, value in transition.state.items()}
-        return dataclasses.replace(transition, state=state, grad=copy(transition.grad))
+        grad = transition.grad if step.is_traced else copy(transition.grad)
+        return dataclasses.replace(transition, state=state, grad=grad)
 
     transitions = [copy_transition(transition) for transition in step.transitions]
     if step.clip is None:
