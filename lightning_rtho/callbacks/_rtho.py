@@ -41,8 +41,9 @@ class RTHO(HypergradientCallback):
         safeguard: Whether to lower the learning rate where the run is chaotic (a sensitivity above
             100), and to take a run that is lost back to its best state so far, with a third of the
             rate: one whose outer objective is 5 % above its start or not finite, or whose weights
-            have moved twice their length from the best state for a gain of less than 20 %. That
-            state is one more copy of the training state, in checkpoints too.
+            have moved more than twice their length from the best state without a gain of 20 % for
+            every two lengths. That state is one more copy of the training state, also in
+            checkpoints.
 
     Raises:
         ValueError: If a count is too small or `discount` is not in [0, 1].
