@@ -105,7 +105,7 @@ class FollowedRun:
             hyper.requires_grad_(follow)
         if follow:
             self._take_in_parameters()
-            self.method.start()
+            self.method.start(self._module.buffers())
             if self.method.needs_replay:
                 self._replay = TrainingStepReplay(
                     self._trainer, self._module, batch, batch_idx, self._statistics

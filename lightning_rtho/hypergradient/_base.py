@@ -157,8 +157,12 @@ class AbstractHypergradient(ABC):
         """
 
     @abstractmethod
-    def start(self) -> None:
-        """Prepare for the forward pass of a training step."""
+    def start(self, buffers: Iterable[Tensor] = ()) -> None:
+        """Prepare for the forward pass of a training step.
+
+        Args:
+            buffers: What forward passes may overwrite, each ``[*B]``.
+        """
 
     @abstractmethod
     def record(self, loss: TracedLoss, replay: Replay | None) -> list[Tensor | None] | None:

@@ -115,7 +115,7 @@ class ForwardHypergradient(AbstractHypergradient):
         """See :attr:`AbstractHypergradient.needs_replay`."""
         return False
 
-    def start(self) -> None:
+    def start(self, buffers: Iterable[Tensor] = ()) -> None:
         """See :meth:`AbstractHypergradient.start`; nothing to prepare."""
 
     def record(self, loss: TracedLoss, replay: Replay | None = None) -> list[Tensor | None]:

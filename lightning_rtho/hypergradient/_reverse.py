@@ -1,7 +1,6 @@
 """Reverse-HG over a window: a cotangent of the training state, pulled back through its steps."""
 
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, final
 
 from torch import Tensor
@@ -61,9 +60,9 @@ class ReverseHypergradient(AbstractHypergradient):
     def forget_gradients(self, indices: Iterable[int]) -> None:
         """See :meth:`AbstractHypergradient.forget_gradients`; here every step begins anew."""
 
-    def start(self) -> None:
+    def start(self, buffers: Iterable[Tensor] = ()) -> None:
         """See :meth:`AbstractHypergradient.start`."""
-        self.tape.start()
+        self.tape.start(self.params, buffers)
 
     def record(self, loss: TracedLoss, replay: Replay | None) -> list[Tensor | None] | None:
         """See :meth:`AbstractHypergradient.record`."""
@@ -80,35 +79,28 @@ class ReverseHypergradient(AbstractHypergradient):
         ]
         betas = list(outer.statistics)
         total = self._flat(outer.hypers)
-        thread = ThreadPoolExecutor(1)
         try:
-            past = self.tape.backward(self.params, self.hypers)
-            for steps_left, recorded in zip(reversed(range(len(self.tape))), past, strict=True):
-                grads_bar = self._pull_back_update(recorded.step, alphas, total, thread)
+            for recorded in self.tape.backward(self.params, self.hypers):
+                grads_bar = self._pull_back_update(recorded.step, alphas, total)
                 total += self._pull_back_losses(
-                    recorded, alphas, betas, grads_bar, is_first=steps_left == 0
+                    recorded, alphas, betas, grads_bar, is_first=len(self.tape) == 0
                 )
         finally:  # a window that cannot be read ends, too
-            thread.shutdown()
             self.reset()
         return total
 
     def _pull_back_update(
-        self, step: OptimizerStep, alphas: list[StateCotangent], total: Tensor, thread: Executor
+        self, step: OptimizerStep, alphas: list[StateCotangent], total: Tensor
     ) -> Sequence[Tensor]:
         """Pull alpha back through Phi and clipping, to the state; return the gradient's part.
-
-        Kept graphs hook what autograd saves, which neither torch.func nor a compiler bears; hooks
-        are those of one thread, so another does this.
 
         Returns:
             Cotangents of the raw gradients, one a transition, each ``[*P]``.
         """
         grads_bar: Sequence[Tensor] = []
         for transition in step.transitions:
-            args = transition, alphas[transition.index]
-            pulled = thread.submit(fused_step_vjp, *args) if self.tape.hooks else None
-            state_bar, grad_bar, hyper_bar = pulled.result() if pulled else fused_step_vjp(*args)
+            alpha = alphas[transition.index]
+            state_bar, grad_bar, hyper_bar = fused_step_vjp(transition, alpha)
             alphas[transition.index] = state_bar
             for name, column in transition.columns.items():
                 total[column] += transition.slopes.get(name, 1.0) * hyper_bar[name].to(total)

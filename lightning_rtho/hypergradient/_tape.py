@@ -2,7 +2,7 @@
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_rtho.dynamics import Transition
 from lightning_rtho.hypergradient._base import OptimizerStep, Recollection, Replay
+from lightning_rtho.hypergradient._saved import SavedWeights
 from lightning_rtho.linearization import Linearization, TracedLoss
 
 __all__ = ["KeepGraph", "Offload", "Recompute", "RecordedStep", "Tape"]
@@ -36,15 +37,18 @@ class Tape(ABC):
 
     Attributes:
         needs_replay: Whether it computes losses again.
-        hooks: Whether it hooks the tensors that autograd saves.
     """
 
     needs_replay: ClassVar[bool]
-    hooks: ClassVar[bool] = False
 
     @abstractmethod
-    def start(self) -> None:
-        """Prepare for a forward pass; only the first of a window has an effect."""
+    def start(self, params: Sequence[Tensor], buffers: Iterable[Tensor]) -> None:
+        """Prepare for a forward pass.
+
+        Args:
+            params: All weights, each ``[*P]``.
+            buffers: What forward passes may overwrite, each ``[*B]``.
+        """
 
     @abstractmethod
     def record(
@@ -79,7 +83,7 @@ class Tape(ABC):
     def backward(
         self, params: Sequence[Tensor], hypers: Sequence[Tensor]
     ) -> Iterator[RecordedStep]:
-        """Yield the steps from last to first; the weights end as they began.
+        """Yield the steps from last to first and let them go; the weights end as they began.
 
         Args:
             params: All weights, each ``[*P]``.
@@ -123,7 +127,7 @@ class _ReplayTape(Tape):
     def _store(self, tensor: Tensor) -> Tensor:
         """Copy a tensor to where it is kept."""
 
-    def start(self) -> None:
+    def start(self, params: Sequence[Tensor], buffers: Iterable[Tensor]) -> None:
         """See :meth:`Tape.start`; nothing to prepare."""
 
     def record(
@@ -158,7 +162,8 @@ class _ReplayTape(Tape):
 
         present = [param.detach().clone() for param in params]
         try:
-            for step, weights, losses in reversed(self._steps):
+            while self._steps:
+                step, weights, losses = self._steps.pop()
                 _write(params, weights)
                 yield RecordedStep(
                     _copy_step(step, fetch), [partial(linearize, replay) for replay in losses]
@@ -257,20 +262,19 @@ class KeepGraph(Tape):
     """
 
     needs_replay = False
-    hooks = True
 
     def __init__(self) -> None:
         self._losses: list[Linearization] = []
         self._steps: list[tuple[OptimizerStep, list[Linearization]]] = []
-        self._mutation = ExitStack()
-        self._open = False
+        self._saved: SavedWeights | None = None
+        self._hooks = ExitStack()
 
-    def start(self) -> None:
-        """See :meth:`Tape.start`; the optimizer shall not write into what the graphs hold."""
-        if not self._open:
-            # Held open over the whole window; a plain `param.data = new` would move the Hessian.
-            self._mutation.enter_context(torch.autograd.graph.allow_mutation_on_saved_tensors())
-            self._open = True
+    def start(self, params: Sequence[Tensor], buffers: Iterable[Tensor]) -> None:
+        """See :meth:`Tape.start`; the graphs shall not hold what will be overwritten."""
+        self._hooks.close()
+        if self._saved is None:
+            self._saved = SavedWeights(params, buffers)
+        self._hooks.enter_context(self._saved.hooks())
 
     def record(
         self,
@@ -282,19 +286,34 @@ class KeepGraph(Tape):
         """See :meth:`Tape.record`."""
         linearization = Linearization(loss, params, hypers)
         self._losses.append(linearization)
+        self._hooks.close()
         return linearization.scaled_gradients
 
     def advance(self, step: OptimizerStep, params: Sequence[Tensor]) -> None:
         """See :meth:`Tape.advance`."""
-        copied = _copy_step(step, lambda tensor: tensor.detach().clone())
-        self._steps.append((copied, self._losses))
+        self._hooks.close()
+        copies = params if self._saved is None else self._saved.copy(params)
+        self._saved = None
+        transitions = [
+            dataclasses.replace(t, state={**t.state, "param": copies[t.index]})
+            for t in step.transitions
+        ]
+        ours = {id(copy) for copy in copies}
+
+        def copy(tensor: Tensor) -> Tensor:
+            return tensor if id(tensor) in ours else tensor.detach().clone()
+
+        step = dataclasses.replace(step, transitions=transitions)
+        self._steps.append((_copy_step(step, copy), self._losses))
         self._losses = []
 
     def backward(
         self, params: Sequence[Tensor], hypers: Sequence[Tensor]
     ) -> Iterator[RecordedStep]:
-        """See :meth:`Tape.backward`."""
-        for step, losses in reversed(self._steps):
+        """See :meth:`Tape.backward`; graphs go as they are read."""
+        self._hooks.close()
+        while self._steps:
+            step, losses = self._steps.pop()
             yield RecordedStep(step, [partial(_identity, line) for line in losses])
 
     def __len__(self) -> int:
@@ -303,8 +322,8 @@ class KeepGraph(Tape):
     def clear(self) -> None:
         """See :meth:`Tape.clear`."""
         self._losses, self._steps = [], []
-        self._mutation.close()
-        self._open = False
+        self._saved = None
+        self._hooks.close()
 
     def state_dict(self) -> None:
         """See :meth:`Tape.state_dict`; a graph can be kept in memory alone."""

@@ -1,5 +1,6 @@
 """Bad input gets an error that names the argument, shows the value and says what to do."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import optim
 
-from lightning_rtho import RTHO, TRHO, Hyperparameter, Interval, NonNegative, Positive
+from lightning_rtho import RTHO, TRHO, Hyperparameter, Interval, KeepGraph, NonNegative, Positive
 from tests.callbacks.problems import SmallNet, fit, loader
 
 
@@ -252,6 +253,12 @@ class ScaledBeforeStep(SmallNet):
             param.grad.mul_(0.5)
 
 
+class ScaledLater(SmallNet):
+    def on_before_optimizer_step(self, optimizer):
+        if self.global_step == 2:  # when gradients are no longer copied
+            next(iter(self.parameters())).grad.mul_(0.5)
+
+
 class OwnClipping(SmallNet):
     def configure_gradient_clipping(self, optimizer, **kwargs):
         for param in self.parameters():
@@ -264,11 +271,16 @@ class Unrepeatable(SmallNet):
         return super().training_step(batch, batch_idx) * (1 + next(self.file))
 
 
-@pytest.mark.parametrize("make", [RTHO, TRHO], ids=["forward", "reverse"])
+@pytest.mark.parametrize(
+    "make",
+    [RTHO, TRHO, partial(TRHO, tape=KeepGraph())],
+    ids=["forward", "recompute", "keep graph"],
+)
 @pytest.mark.parametrize(
     ("module", "settings"),
     [
         (ScaledGradient, {}),
+        (ScaledLater, {"steps": 4}),
         (ScaledBeforeStep, {}),
         (ScaledBeforeStep, {"gradient_clip_val": 0.1}),
         (OwnClipping, {}),

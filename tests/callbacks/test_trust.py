@@ -184,7 +184,7 @@ def test_fit_that_fails_leaves_no_trace():
     weight = torch.ones(2, requires_grad=True)
     square = weight.square().sum()
     with torch.no_grad():
-        weight.add_(1)  # would be allowed inside of `allow_mutation_on_saved_tensors`
+        weight.add_(1)  # would be allowed while saved tensors are hooked
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         square.backward()
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lightning_rtho.hypergradient import KeepGraph, ReverseHypergradient
+from lightning_rtho.hypergradient._saved import SavedWeights
 from tests.helpers import METHODS, Run, hyperparameters, watch_graph
 
 TAPES = [name for name in METHODS if name != "forward"]
@@ -81,17 +82,43 @@ def test_training_is_bitwise_plain_training(tape):
     assert torch.equal(followed, plain)
 
 
-@pytest.mark.parametrize("end", ["hypergradient", "reset", "clear"])
-def test_a_kept_window_suspends_the_check_of_saved_tensors_and_its_end_restores_it(end):
-    run, w, _ = _run("keep-graph", steps=2)
+@pytest.mark.parametrize("end", ["step", "reset", "clear"])
+def test_a_kept_tape_suspends_the_check_of_saved_tensors_for_forward_passes_alone(end):
+    run, _, loss = _run("keep-graph", steps=2)
+    assert _plain_autograd_watches_its_saved_tensors()
+    run.method.start()
     assert not _plain_autograd_watches_its_saved_tensors()
-    if end == "hypergradient":
-        run.hypergradient(lambda: w.sum())
+    if end == "step":
+        run.step(loss)
     elif end == "reset":
         run.method.reset()
     else:
         run.method.tape.clear()
     assert _plain_autograd_watches_its_saved_tensors()
+
+
+def test_kept_graphs_read_what_was_overwritten_since():
+    w, table = torch.tensor([2.0], requires_grad=True), torch.tensor([3.0])
+    saved = SavedWeights([w], [table])
+    with saved.hooks():
+        value = (table * w**3).sum()
+        (gradient,) = torch.autograd.grad(value, w, create_graph=True)
+    (copied,) = saved.copy([w])
+    with torch.no_grad():
+        w.fill_(100.0)
+        table.fill_(100.0)
+    assert copied.item() == 2.0
+    (curvature,) = torch.autograd.grad(gradient, w)
+    assert curvature.item() == 3 * 6 * 2  # d^2/dw^2 of 3 w^3
+
+
+def test_a_kept_graph_refuses_other_tensors_that_were_overwritten():
+    w, noise = torch.ones(2, requires_grad=True), torch.ones(2)
+    with SavedWeights([w], []).hooks():
+        value = (noise * w).sum()
+    noise.add_(1)
+    with pytest.raises(RuntimeError, match="overwritten later in the window"):
+        value.backward()
 
 
 def test_a_kept_tape_may_be_cleared_before_it_was_ever_started():

@@ -144,15 +144,6 @@ def test_neither_direction_needs_grad_mode_nor_changes_its_arguments(case: Case)
         assert not tensor.requires_grad
 
 
-def test_pull_back_runs_while_a_kept_graph_hooks_saved_tensors() -> None:
-    transition = _momentum_transition({"lr": 0, "momentum": 1})
-    bar = {"param": torch.ones(2)}
-    expected = step_vjp(transition, bar)
-    with torch.autograd.graph.allow_mutation_on_saved_tensors():
-        hooked = step_vjp(transition, bar)
-    torch.testing.assert_close(hooked, expected, rtol=0, atol=0)
-
-
 def test_derivative_is_taken_at_the_settings_of_the_transition() -> None:
     transition = _momentum_transition({"momentum": 0})
     doubled = replace(transition, hyper={**transition.hyper, "lr": torch.tensor(2 * LR)})

@@ -1,0 +1,113 @@
+"""What kept graphs hold in the place of tensors that the run overwrites."""
+
+from collections.abc import Iterable
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+__all__ = ["SavedWeights"]
+
+
+class _View(NamedTuple):
+    """Where a tensor lies in a storage that will be overwritten."""
+
+    storage: int
+    dtype: torch.dtype
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class _Saved(NamedTuple):
+    """A tensor that is kept as it is, and how often it had been written to."""
+
+    tensor: Tensor
+    version: int
+
+
+@final
+class SavedWeights:
+    """Lets the graphs of one optimizer step survive it: they read the weights from one copy.
+
+    Torch's ``allow_mutation_on_saved_tensors`` does so for any tensor, at the price of looking at
+    every operation of the window; here weights are known and copied once, before the optimizer
+    writes to them, and buffers are copied where a graph saves them.
+
+    Args:
+        weights: What the optimizer overwrites, each ``[*P]``.
+        buffers: What forward passes may overwrite, each ``[*B]``.
+
+    Example:
+        >>> w = torch.tensor([3.0], requires_grad=True)
+        >>> saved = SavedWeights([w], [])
+        >>> with saved.hooks():
+        ...     loss = (w**2).sum()
+        >>> (copy,) = saved.copy([w])
+        >>> with torch.no_grad():
+        ...     w += 1
+        >>> torch.autograd.grad(loss, w)
+        (tensor([6.]),)
+        >>> copy
+        tensor([3.])
+    """
+
+    def __init__(self, weights: Iterable[Tensor], buffers: Iterable[Tensor]) -> None:
+        self._storages = {_address(w): w.untyped_storage() for w in weights if _is_dense(w)}
+        self._buffers = {_address(buffer) for buffer in buffers if _is_dense(buffer)}
+
+    def hooks(self) -> saved_tensors_hooks:
+        """Return a context for everything that makes graphs to be kept."""
+        return saved_tensors_hooks(self._pack, self._unpack)
+
+    def copy(self, weights: Iterable[Tensor]) -> list[Tensor]:
+        """Copy the weights before they are overwritten; the graphs share the copies.
+
+        Args:
+            weights: Weights, each ``[*P]``.
+
+        Returns:
+            Their copies, each ``[*P]``.
+        """
+        self._storages = {at: storage.clone() for at, storage in self._storages.items()}
+        return [self._view(_locate(w)) if _is_dense(w) else w.detach().clone() for w in weights]
+
+    def _pack(self, tensor: Tensor) -> _View | _Saved:
+        if _is_dense(tensor):
+            address = _address(tensor)
+            if address in self._storages:
+                return _locate(tensor)
+            if address in self._buffers:
+                tensor = tensor.clone()
+        tensor = tensor.detach()  # what a node has put out would hold the node, which holds it
+        return _Saved(tensor, tensor._version)
+
+    def _unpack(self, packed: _View | _Saved) -> Tensor:
+        if isinstance(packed, _View):
+            return self._view(packed)
+        if packed.tensor._version != packed.version:
+            raise RuntimeError(
+                f"A tensor of shape {tuple(packed.tensor.shape)} that the loss was computed from "
+                "was overwritten later in the window. Use `TRHO(tape=Recompute())`, or do not "
+                "compute losses from tensors that are written to in place."
+            )
+        return packed.tensor
+
+    def _view(self, view: _View) -> Tensor:
+        storage = self._storages[view.storage]
+        empty = torch.empty(0, dtype=view.dtype, device=storage.device)
+        return empty.set_(storage, view.offset, view.size, view.stride)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and tensor.numel() > 0
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _locate(tensor: Tensor) -> _View:
+    offset = int(tensor.storage_offset())
+    return _View(_address(tensor), tensor.dtype, tensor.shape, tensor.stride(), offset)
