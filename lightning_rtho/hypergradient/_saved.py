@@ -33,7 +33,8 @@ class SavedWeights:
 
     Torch's ``allow_mutation_on_saved_tensors`` does so for any tensor, at the price of looking at
     every operation of the window; here weights are known and copied once, before the optimizer
-    writes to them, and buffers are copied where a graph saves them.
+    writes to them. Buffers and scalars, such as a scaler's loss scale, are copied where a graph
+    saves them. Whatever else is overwritten is refused when a graph reads it.
 
     Args:
         weights: What the optimizer overwrites, each ``[*P]``.
@@ -78,7 +79,7 @@ class SavedWeights:
             address = _address(tensor)
             if address in self._storages:
                 return _locate(tensor)
-            if address in self._buffers:
+            if address in self._buffers or tensor.dim() == 0:
                 tensor = tensor.clone()
         tensor = tensor.detach()  # what a node has put out would hold the node, which holds it
         return _Saved(tensor, tensor._version)
