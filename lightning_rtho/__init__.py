@@ -10,7 +10,7 @@ alpha, outer objective E. Shapes: ``[*P]`` of a parameter, ``[*H]`` of a hyperpa
 value is what the user sees, a raw value what the outer optimizer moves.
 """
 
-from lightning_rtho.callbacks import RTHO, TRHO, OuterUpdate
+from lightning_rtho.callbacks import RTHO, TRHO
 from lightning_rtho.dynamics import UpdateRule, register_rule
 from lightning_rtho.hypergradient import KeepGraph, Offload, Recompute
 from lightning_rtho.hyperparameters import (
@@ -24,6 +24,7 @@ from lightning_rtho.hyperparameters import (
 )
 from lightning_rtho.linearization import stop_gradient
 from lightning_rtho.optim import DifferentiableOptimizer
+from lightning_rtho.schedule import OuterUpdate, Schedule
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ __all__ = [
     "Positive",
     "Real",
     "Recompute",
+    "Schedule",
     "UpdateRule",
     "__version__",
     "load_hyperparameters",

@@ -18,6 +18,7 @@ LAYERS = [
     "_types",
     "_numerics",
     "hyperparameters",
+    "schedule",
     "dynamics",
     "linearization",
     "distributed",

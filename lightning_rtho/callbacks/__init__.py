@@ -1,7 +1,7 @@
 """The Lightning callbacks: wiring alone, and the only place that knows Lightning."""
 
-from lightning_rtho.callbacks._base import HypergradientCallback, OuterUpdate
+from lightning_rtho.callbacks._base import HypergradientCallback
 from lightning_rtho.callbacks._rtho import RTHO
 from lightning_rtho.callbacks._trho import TRHO
 
-__all__ = ["RTHO", "TRHO", "HypergradientCallback", "OuterUpdate"]
+__all__ = ["RTHO", "TRHO", "HypergradientCallback"]

@@ -1,11 +1,9 @@
 """The callback: when to record, to advance, to update. What is done then lies below."""
 
 import copy
-import dataclasses
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,41 +30,9 @@ from lightning_rtho.hypergradient import AbstractHypergradient, Fault, OuterGrad
 from lightning_rtho.hyperparameters import Hyperparameter
 from lightning_rtho.optim import DifferentiableOptimizer
 from lightning_rtho.outer import HyperparameterDescent, OuterOptimizerCallable, relative_slopes
+from lightning_rtho.schedule import OuterUpdate, Schedule
 
-__all__ = ["HypergradientCallback", "OuterUpdate"]
-
-
-@dataclass(frozen=True)
-class OuterUpdate:
-    """One outer update: what was measured, and the values that training goes on with.
-
-    Attributes:
-        step: Optimizer steps made so far.
-        values: Natural values after the update, by name, each ``[*H]``.
-        hypergradients: dE/dlambda with respect to natural values, by name, each ``[*H]``, at the
-            values before the update.
-        outer_objective: Outer objective before the update.
-        sensitivity: How many of their own lengths the weights move, to first order, for a relative
-            change of a hyperparameter: the largest ||dw/dlog lambda|| / ||w||. Below about 40 in
-            runs that learn; beyond 100 hypergradients mean nothing. NaN for `TRHO`, which does not
-            know dw/dlambda.
-        safeguard: What was done in the place of an ordinary update: ``"lowered"`` where the run was
-            chaotic, ``"restored"`` where it was lost and went back to its best state, which gives
-            no hypergradients (NaN); else None.
-
-    Example:
-        >>> import torch
-        >>> update = OuterUpdate(20, {"lr": torch.tensor(0.1)}, {"lr": torch.tensor(-2.0)}, 0.7)
-        >>> update.values["lr"]
-        tensor(0.1000)
-    """
-
-    step: int
-    values: dict[str, Tensor]
-    hypergradients: dict[str, Tensor]
-    outer_objective: float
-    sensitivity: float = math.nan
-    safeguard: str | None = None
+__all__ = ["HypergradientCallback"]
 
 
 class HypergradientCallback(Callback):
@@ -104,7 +70,7 @@ class HypergradientCallback(Callback):
         self.start_step = start_step
         self.stop_step = stop_step
         self.safeguard = safeguard
-        self.schedule: list[OuterUpdate] = []
+        self.schedule = Schedule()
         self._selection = hyperparameters
         self._outer_optimizer = outer_optimizer
         self._dataloader = dataloader
@@ -173,7 +139,11 @@ class HypergradientCallback(Callback):
         optimizers = _differentiable(trainer)
         for optimizer in optimizers:
             optimizer.write_hyperparameters()
-        self.schedule, self._next_update = [], self.hyper_batch_size
+        self.schedule = Schedule(
+            start=self.hyperparameters,
+            domains={name: repr(hyper.domain) for name, hyper in self._tuned.items()},
+        )
+        self._next_update = self.hyper_batch_size
         self._objective = ValidationObjective(
             trainer, pl_module, self._dataloader, self._outer_batches
         )
@@ -384,7 +354,7 @@ class HypergradientCallback(Callback):
         """Return all that a resumed run goes on from, in tensors, numbers, lists and dicts."""
         state: dict[str, Any] = {
             "hyperparameters": self.hyperparameters,
-            "schedule": [dataclasses.asdict(update) for update in self.schedule],
+            "schedule": self.schedule.state_dict(),
         }
         if self._run is not None and self._objective is not None:
             state["run"] = {
@@ -424,7 +394,7 @@ class HypergradientCallback(Callback):
 
     def _take_back_run(self, state: dict[str, Any]) -> None:
         """Go on with the run where it stood."""
-        self.schedule = [OuterUpdate(**update) for update in state["schedule"]]
+        self.schedule = Schedule.from_state_dict(state["schedule"])
         if "run" not in state:
             return
         assert self._run is not None

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import optim
 from torch.nn import functional as F
 
-from lightning_rtho import RTHO, TRHO, Hyperparameter, Interval, KeepGraph, Positive
+from lightning_rtho import RTHO, TRHO, Hyperparameter, Interval, KeepGraph, Positive, Schedule
 from tests.callbacks.problems import VAL_SIZE, SmallNet, fit, loader
 
 METHODS = {"rtho": RTHO, "trho": TRHO}
@@ -260,3 +260,14 @@ def test_hyperparameters_may_be_arguments_and_be_logged(callbacks, tmp_path):
         assert set(callbacks[0].hyperparameters) == {"rate", "l2"}
     loaded = LogsThem.load_from_checkpoint(checkpoint.best_model_path)
     assert loaded.rate.domain == Positive()
+
+
+def test_schedule_of_a_run_can_be_kept(tmp_path):
+    callback = RTHO(["lr"], hyper_batch_size=2)
+    fit(SmallNet(lr=0.1), callback, steps=6)
+    callback.schedule.to_json(tmp_path / "schedule.json")
+    kept = Schedule.load(tmp_path / "schedule.json")
+    assert kept.steps == [2, 4, 6]
+    assert kept.values_at(1)["lr"].item() == pytest.approx(0.1)
+    assert kept.values_at(6)["lr"] == callback.hyperparameters["lr"]
+    assert kept.domains["lr"] == "Positive()"

@@ -1,0 +1,41 @@
+"""What is written down of one outer update."""
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["OuterUpdate"]
+
+
+@dataclass(frozen=True)
+class OuterUpdate:
+    """One outer update: what was measured, and the values that training goes on with.
+
+    Attributes:
+        step: Optimizer steps made so far.
+        values: Natural values after the update, by name, each ``[*H]``.
+        hypergradients: dE/dlambda with respect to natural values, by name, each ``[*H]``, at the
+            values before the update.
+        outer_objective: Outer objective before the update.
+        sensitivity: How many of their own lengths the weights move, to first order, for a relative
+            change of a hyperparameter: the largest ||dw/dlog lambda|| / ||w||. Below about 40 in
+            runs that learn; beyond 100 hypergradients mean nothing. NaN for `TRHO`, which does not
+            know dw/dlambda.
+        safeguard: What was done in the place of an ordinary update: ``"lowered"`` where the run was
+            chaotic, ``"restored"`` where it was lost and went back to its best state, which gives
+            no hypergradients (NaN); else None.
+
+    Example:
+        >>> import torch
+        >>> update = OuterUpdate(20, {"lr": torch.tensor(0.1)}, {"lr": torch.tensor(-2.0)}, 0.7)
+        >>> update.values["lr"]
+        tensor(0.1000)
+    """
+
+    step: int
+    values: dict[str, Tensor]
+    hypergradients: dict[str, Tensor]
+    outer_objective: float
+    sensitivity: float = math.nan
+    safeguard: str | None = None
