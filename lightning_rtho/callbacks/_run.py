@@ -163,7 +163,8 @@ class FollowedRun:
                 i for i, param in enumerate(self.method.params) if param.grad is None
             )
         scale = loss_scale(self._trainer)
-        traced = TracedLoss(loss, self._statistics.collect(), scale)
+        is_shared = self._manual is not None  # as by a generator and its critic
+        traced = TracedLoss(loss, self._statistics.collect(), scale, is_shared)
         gradients = self.method.record(traced, self._replay)
         self._recorded = True
         if self._manual is not None:

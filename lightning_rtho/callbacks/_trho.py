@@ -1,5 +1,6 @@
 """Real-time hyperparameter optimization in truncated reverse mode."""
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -100,4 +101,4 @@ class TRHO(HypergradientCallback):
     def _make_hypergradient(
         self, params: Sequence[Tensor], hypers: Sequence[Tensor]
     ) -> AbstractHypergradient:
-        return ReverseHypergradient(params, hypers, self.tape)
+        return ReverseHypergradient(params, hypers, copy.deepcopy(self.tape))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_rtho.dynamics import Transition, UpdateRule
+from lightning_rtho.hypergradient._fingerprint import tolerance
 from lightning_rtho.linearization import GradientClip, TracedLoss
 
 __all__ = [
@@ -304,7 +305,5 @@ def _differ(grads: Sequence[Tensor], others: Sequence[Tensor | None]) -> Tensor:
     for grad, other in zip(grads, others, strict=True):
         differences.append((grad if other is None else grad - other).norm())
         norms.append(grad.norm())
-    # The root of eps: far above the rounding of a sum taken in another order, far below an edit.
-    tolerance = max(torch.finfo(grad.dtype).eps for grad in grads) ** 0.5
-    differ: Tensor = torch.stack(differences).norm() > tolerance * torch.stack(norms).norm()
+    differ: Tensor = torch.stack(differences).norm() > tolerance(grads) * torch.stack(norms).norm()
     return differ

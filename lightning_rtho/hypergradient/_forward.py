@@ -159,7 +159,12 @@ class ForwardHypergradient(AbstractHypergradient):
             for entry in columns:
                 params = [t["param"][entry] if t else None for t in self.tangents]
                 products.append(
-                    self._pending.product(params, self._unit_vector(entry), wrt_hypers=False)
+                    self._pending.product(
+                        params,
+                        self._unit_vector(entry),
+                        wrt_hypers=False,
+                        last=entry == self.entries - 1,
+                    )
                 )
             for position, update in enumerate(self._pending.updates):
                 parts = [product.statistics[position] for product in products]
@@ -174,6 +179,10 @@ class ForwardHypergradient(AbstractHypergradient):
         return found
 
     def _discount_history(self) -> None:
+        if self.discount == 0:  # and no products with zeros
+            self.tangents = [{} for _ in self.params]
+            self.statistic_tangents = {}
+            return
         self.tangents = [
             {name: self.discount * value for name, value in tangent.items()}
             for tangent in self.tangents

@@ -4,23 +4,24 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor
 
+from lightning_rtho.distributed import is_distributed
 from lightning_rtho.dynamics import Transition
+from lightning_rtho.hypergradient._arena import Arena, Arenas
 from lightning_rtho.hypergradient._base import OptimizerStep, Recollection, Replay
+from lightning_rtho.hypergradient._fingerprint import fingerprint, is_of
 from lightning_rtho.hypergradient._saved import SavedWeights
 from lightning_rtho.linearization import Linearization, TracedLoss
 
 __all__ = ["KeepGraph", "Offload", "Recompute", "RecordedStep", "Tape"]
 
 
-@dataclass(frozen=True)
-class RecordedStep:
+class RecordedStep(NamedTuple):
     """One optimizer step of the past.
 
     Attributes:
@@ -114,18 +115,36 @@ class Tape(ABC):
         """
 
 
+class _ReplayStep(NamedTuple):
+    """What a replay tape keeps of a step."""
+
+    step: OptimizerStep
+    weights: list[Tensor]
+    losses: list[Replay]
+    fingerprint: Tensor | None
+    """Of the gradients, where they are not kept."""
+    arena: Arena
+    """Where all that lies."""
+
+
 class _ReplayTape(Tape):
-    """Keeps weights and optimizer state of each step and computes the losses again."""
+    """Keeps weights and optimizer state of each step and computes the losses again.
+
+    Gradients come back with the losses, so that a fingerprint is enough of them; they are kept
+    where a step has several losses, each linearized in its turn, or several processes, which
+    would have to average them again.
+    """
 
     needs_replay = True
 
     def __init__(self) -> None:
         self._losses: list[Replay] = []
-        self._steps: list[tuple[OptimizerStep, list[Tensor], list[Replay]]] = []
+        self._steps: list[_ReplayStep] = []
+        self._arenas = Arenas()
 
     @abstractmethod
-    def _store(self, tensor: Tensor) -> Tensor:
-        """Copy a tensor to where it is kept."""
+    def _place(self, device: torch.device) -> torch.device:
+        """Return where the states are kept of weights on a device."""
 
     def start(self, params: Sequence[Tensor], buffers: Iterable[Tensor]) -> None:
         """See :meth:`Tape.start`; nothing to prepare."""
@@ -143,10 +162,14 @@ class _ReplayTape(Tape):
 
     def advance(self, step: OptimizerStep, params: Sequence[Tensor]) -> None:
         """See :meth:`Tape.advance`."""
-        copied = _copy_step(step, self._store)
-        weights = {t.index: t.state["param"] for t in copied.transitions}
-        kept = [weights[i] if i in weights else self._store(p) for i, p in enumerate(params)]
-        self._steps.append((copied, kept, self._losses))
+        prints = None
+        if step.transitions and len(self._losses) == 1 and not is_distributed():
+            prints = fingerprint(_gradients(step))
+            step = _without_gradients(step)
+        arena = self._arenas.take(self._place(params[0].device), _size(step, params))
+        copied = _copy_step(step, arena.copy)
+        weights = _copy_weights(params, copied, arena.copy)
+        self._steps.append(_ReplayStep(copied, weights, self._losses, prints, arena))
         self._losses = []
 
     def backward(
@@ -160,14 +183,21 @@ class _ReplayTape(Tape):
         def linearize(replay: Replay) -> Linearization:
             return Linearization(replay(), params, hypers)
 
+        def recall(kept: _ReplayStep) -> RecordedStep:
+            _write(params, kept.weights)
+            step = _copy_step(kept.step, fetch)
+            if kept.fingerprint is None:
+                return RecordedStep(step, [partial(linearize, replay) for replay in kept.losses])
+            line = linearize(kept.losses[0])
+            step = _with_gradients(step, line.gradients, kept.fingerprint)
+            return RecordedStep(step, [partial(_identity, line)])
+
         present = [param.detach().clone() for param in params]
         try:
             while self._steps:
-                step, weights, losses = self._steps.pop()
-                _write(params, weights)
-                yield RecordedStep(
-                    _copy_step(step, fetch), [partial(linearize, replay) for replay in losses]
-                )
+                kept = self._steps.pop()
+                yield recall(kept)
+                self._arenas.give_back(kept.arena)
         finally:
             _write(params, present)
 
@@ -181,17 +211,18 @@ class _ReplayTape(Tape):
     def state_dict(self) -> list[dict[str, Any]] | None:
         """See :meth:`Tape.state_dict`."""
         steps = []
-        for step, weights, losses in self._steps:
+        for step, weights, losses, prints, _ in self._steps:
             replays = [replay.state_dict() for replay in losses]
             if any(replay is None for replay in replays):
                 return None
-            transitions = [_transition_state(transition) for transition in step.transitions]
+            step = _copy_step(step, torch.clone)  # out of the arena
             steps.append({
                 "number": step.number,
-                "transitions": transitions,
+                "transitions": [_transition_state(transition) for transition in step.transitions],
                 "raw_grads": None if step.clip is None else list(step.raw_grads),
-                "weights": weights,
+                "weights": _copy_weights(weights, step, torch.clone),
                 "losses": replays,
+                "fingerprint": prints,
             })
         return steps
 
@@ -208,10 +239,10 @@ class _ReplayTape(Tape):
             clip = None if raw_grads is None else recollection.clip
             raw_grads = [t.grad for t in transitions] if raw_grads is None else raw_grads
             step = OptimizerStep(transitions, raw_grads, clip, saved["number"])
-            step = _copy_step(step, self._store)
-            weights = [self._store(weight) for weight in saved["weights"]]
             losses = [recollection.make_replay(loss) for loss in saved["losses"]]
-            self._steps.append((step, weights, losses))
+            arena = Arena(torch.device("cpu"), 0)
+            weights, prints = saved["weights"], saved["fingerprint"]
+            self._steps.append(_ReplayStep(step, weights, losses, prints, arena))
 
 
 @final
@@ -226,8 +257,8 @@ class Recompute(_ReplayTape):
         >>> callback = TRHO(tape=Recompute())
     """
 
-    def _store(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().clone()
+    def _place(self, device: torch.device) -> torch.device:
+        return device
 
 
 @final
@@ -246,8 +277,8 @@ class Offload(_ReplayTape):
         super().__init__()
         self.device = torch.device(device)
 
-    def _store(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().to(self.device, copy=True)
+    def _place(self, device: torch.device) -> torch.device:
+        return self.device
 
 
 @final
@@ -334,6 +365,41 @@ class KeepGraph(Tape):
         """See :meth:`Tape.load_state_dict`; the window begins anew."""
 
 
+def _gradients(step: OptimizerStep) -> list[Tensor]:
+    """Return the gradients of a step, before and after clipping."""
+    grads = [transition.grad for transition in step.transitions]
+    return grads if step.clip is None else [*step.raw_grads, *grads]
+
+
+def _without_gradients(step: OptimizerStep) -> OptimizerStep:
+    """Leave empty tensors in the place of gradients."""
+    transitions = [
+        dataclasses.replace(transition, grad=transition.grad.new_empty(0))
+        for transition in step.transitions
+    ]
+    return dataclasses.replace(
+        step, transitions=transitions, raw_grads=[t.grad for t in transitions]
+    )
+
+
+def _with_gradients(
+    step: OptimizerStep, gradients: Sequence[Tensor | None], prints: Tensor
+) -> OptimizerStep:
+    """Put gradients back, computed again; tell whether they are what the optimizer saw."""
+    raw_grads = []
+    for transition in step.transitions:
+        gradient = gradients[transition.index]
+        zero = torch.zeros_like(transition.state["param"])
+        raw_grads.append(zero if gradient is None else gradient)
+    grads = raw_grads if step.clip is None else step.clip(*raw_grads)
+    transitions = [
+        dataclasses.replace(transition, grad=grad)
+        for transition, grad in zip(step.transitions, grads, strict=True)
+    ]
+    step = dataclasses.replace(step, transitions=transitions, raw_grads=raw_grads)
+    return dataclasses.replace(step, is_traced=bool(is_of(prints, _gradients(step))))
+
+
 def _identity(linearization: Linearization) -> Linearization:
     return linearization
 
@@ -359,6 +425,26 @@ def _copy_step(step: OptimizerStep, copy: Callable[[Tensor], Tensor]) -> Optimiz
     else:
         raw_grads = [copy(grad) for grad in step.raw_grads]
     return dataclasses.replace(step, transitions=transitions, raw_grads=raw_grads)
+
+
+def _copy_weights(
+    weights: Sequence[Tensor], step: OptimizerStep, copy: Callable[[Tensor], Tensor]
+) -> list[Tensor]:
+    """Copy weights, but for those that a copied step holds already."""
+    held = {transition.index: transition.state["param"] for transition in step.transitions}
+    return [held[i] if i in held else copy(weight) for i, weight in enumerate(weights)]
+
+
+def _size(step: OptimizerStep, params: Sequence[Tensor]) -> int:
+    """Return how many bytes copies of a step and of all weights take."""
+    tensors: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        tensors.append(tensor)
+        return tensor
+
+    _copy_weights(params, _copy_step(step, note), note)
+    return Arena.size_of(tensors)
 
 
 def _write(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:

@@ -73,6 +73,7 @@ class Linearization:
     ) -> None:
         self.updates = loss.updates
         self._loss, self._params = loss.value, list(params)
+        self._is_shared = loss.is_shared
         self._scale = loss.scale
         statistics = [update.statistic for update in loss.updates]
         multipliers = [torch.zeros_like(s).requires_grad_(s.requires_grad) for s in statistics]
@@ -130,6 +131,7 @@ class Linearization:
         *,
         wrt_params: bool = True,
         wrt_hypers: bool = True,
+        last: bool = False,
     ) -> Product:
         """Multiply the joint Hessian with a vector.
 
@@ -140,6 +142,7 @@ class Linearization:
                 zero, and None in the place of all asks for their derivatives instead.
             wrt_params: Whether the weights' part of the product is needed.
             wrt_hypers: Whether the hyperparameters' part is needed.
+            last: Whether no product follows, so that the graph may go while it is read.
 
         Returns:
             The parts of the product.
@@ -170,7 +173,7 @@ class Linearization:
                     [gradient for gradient, _ in pairs],
                     [self._inputs[i] for i in wanted],
                     [vector for _, vector in pairs],
-                    retain_graph=True,
+                    retain_graph=self._is_shared or not last,
                 )
             for i, part in zip(wanted, found, strict=True):
                 parts[i] = part

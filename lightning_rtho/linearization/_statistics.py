@@ -41,11 +41,13 @@ class TracedLoss:
         updates: Updates of running statistics, in the order in which they were made.
         scale: What `value` is multiplied by, to keep small float16 gradients from vanishing; the
             optimizer's gradient is freed of it.
+        is_shared: Whether parts of its graph may be those of another loss, too.
     """
 
     value: Tensor
     updates: tuple[StatisticUpdate, ...] = ()
     scale: float = 1.0
+    is_shared: bool = False
 
 
 @final

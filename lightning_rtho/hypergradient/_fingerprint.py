@@ -1,0 +1,56 @@
+"""Knowing gradients again without keeping them."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["fingerprint", "is_of", "tolerance"]
+
+
+def fingerprint(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the sums and the norms of tensors.
+
+    An edit changes one of them: a factor the norm, added noise the sum, by about its own length.
+
+    Args:
+        tensors: The tensors, each ``[*P]``.
+
+    Returns:
+        ``[2, len(tensors)]``, float64, not yet synchronised with the host.
+    """
+    dtypes = [torch.promote_types(tensor.dtype, torch.float32) for tensor in tensors]
+    sums = [tensor.sum(dtype=dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
+    norms = [tensor.norm(dtype=dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
+    return torch.stack([number.double() for number in (*sums, *norms)]).reshape(2, -1)
+
+
+def is_of(prints: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """Tell whether tensors have some fingerprint, up to rounding; any has, if it is not finite.
+
+    Args:
+        prints: What :func:`fingerprint` returned ``[2, len(tensors)]``.
+        tensors: The tensors, each ``[*P]``.
+
+    Returns:
+        A boolean ``[]``, not yet synchronised with the host.
+    """
+    found = fingerprint(tensors)
+    allowed = tolerance(tensors) * found[1].norm()
+    differs: Tensor = (found - prints.to(found.device)).norm() > allowed
+    return ~differs
+
+
+def tolerance(tensors: Sequence[Tensor]) -> float:
+    """Return the relative difference below which gradients count as the same.
+
+    The root of eps: far above the rounding of a sum taken in another order, far below an edit.
+
+    Args:
+        tensors: The gradients, each ``[*P]``.
+
+    Returns:
+        The tolerance of the coarsest of their dtypes.
+    """
+    return math.sqrt(max(torch.finfo(tensor.dtype).eps for tensor in tensors))
