@@ -10,7 +10,7 @@ alpha, outer objective E. Shapes: ``[*P]`` of a parameter, ``[*H]`` of a hyperpa
 value is what the user sees, a raw value what the outer optimizer moves.
 """
 
-from lightning_rtho.callbacks import RTHO, TRHO
+from lightning_rtho.callbacks import RTHO, TRHO, ReplaySchedule
 from lightning_rtho.dynamics import UpdateRule, register_rule
 from lightning_rtho.hypergradient import KeepGraph, Offload, Recompute
 from lightning_rtho.hyperparameters import (
@@ -42,6 +42,7 @@ __all__ = [
     "Positive",
     "Real",
     "Recompute",
+    "ReplaySchedule",
     "Schedule",
     "UpdateRule",
     "__version__",
