@@ -10,7 +10,15 @@ alpha, outer objective E. Shapes: ``[*P]`` of a parameter, ``[*H]`` of a hyperpa
 value is what the user sees, a raw value what the outer optimizer moves.
 """
 
-from lightning_rtho.callbacks import RTHO, TRHO
+from lightning_rtho.callbacks import (
+    RTHO,
+    TRHO,
+    HypergradcheckError,
+    HypergradcheckResult,
+    HypergradcheckRow,
+    ReplaySchedule,
+    hypergradcheck,
+)
 from lightning_rtho.dynamics import UpdateRule, register_rule
 from lightning_rtho.hypergradient import KeepGraph, Offload, Recompute
 from lightning_rtho.hyperparameters import (
@@ -33,6 +41,9 @@ __all__ = [
     "TRHO",
     "DifferentiableOptimizer",
     "Domain",
+    "HypergradcheckError",
+    "HypergradcheckResult",
+    "HypergradcheckRow",
     "Hyperparameter",
     "Interval",
     "KeepGraph",
@@ -42,9 +53,11 @@ __all__ = [
     "Positive",
     "Real",
     "Recompute",
+    "ReplaySchedule",
     "Schedule",
     "UpdateRule",
     "__version__",
+    "hypergradcheck",
     "load_hyperparameters",
     "register_rule",
     "stop_gradient",

@@ -1,7 +1,23 @@
 """The Lightning callbacks: wiring alone, and the only place that knows Lightning."""
 
 from lightning_rtho.callbacks._base import HypergradientCallback
+from lightning_rtho.callbacks._gradcheck import (
+    HypergradcheckError,
+    HypergradcheckResult,
+    HypergradcheckRow,
+    hypergradcheck,
+)
+from lightning_rtho.callbacks._replay_schedule import ReplaySchedule
 from lightning_rtho.callbacks._rtho import RTHO
 from lightning_rtho.callbacks._trho import TRHO
 
-__all__ = ["RTHO", "TRHO", "HypergradientCallback"]
+__all__ = [
+    "RTHO",
+    "TRHO",
+    "HypergradcheckError",
+    "HypergradcheckResult",
+    "HypergradcheckRow",
+    "HypergradientCallback",
+    "ReplaySchedule",
+    "hypergradcheck",
+]

@@ -286,6 +286,7 @@ class HypergradientCallback(Callback):
             for optimizer in _differentiable(trainer):
                 optimizer.write_hyperparameters()
         parts = hypergradient.split([hyper.numel() for hyper in self._tuned.values()])
+        restored = self._safeguard if action == "restored" else None
         update = OuterUpdate(
             step=trainer.global_step,
             values=self.hyperparameters,
@@ -296,6 +297,7 @@ class HypergradientCallback(Callback):
             outer_objective=value,
             sensitivity=sensitivity,
             safeguard=action,
+            restored_step=None if restored is None else restored.best_step,
         )
         self.schedule.append(update)
         metrics = _metrics(update)

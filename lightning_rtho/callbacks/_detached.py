@@ -13,17 +13,21 @@ __all__ = ["DetachedWeights"]
 
 
 class DetachedWeights(TorchFunctionMode):
-    """Watches a forward pass and warns where detached values enter the loss.
+    """Watches a forward pass and tells where detached values enter the loss.
 
     Values that depend on weights, but by ``detach`` or ``torch.no_grad`` carry no graph, are
     followed until they meet a tensor that does.
 
     Args:
         weights: The weights, each ``[*P]``.
+        report: Called once, where the first such value enters; by default it warns.
     """
 
-    def __init__(self, weights: Collection[Tensor]) -> None:
+    def __init__(
+        self, weights: Collection[Tensor], report: Callable[[], None] | None = None
+    ) -> None:
         super().__init__()
+        self._report = _warn if report is None else report
         self._detached = {id(weight): weakref.ref(weight) for weight in weights}
         self._warned = False
 
@@ -48,12 +52,7 @@ class DetachedWeights(TorchFunctionMode):
                 self._detached[id(result)] = weakref.ref(result)
             elif torch.is_grad_enabled() and any(self._is_detached(x) for x in inputs):
                 self._warned = True
-                rank_zero_warn(
-                    "`training_step` uses values that depend on the weights but were detached "
-                    "(`detach`, `torch.no_grad` or frozen weights). Hypergradients take them for "
-                    "constants, which they are not. Use `lightning_rtho.stop_gradient(x)` for "
-                    "`x.detach()` if they shall be exact."
-                )
+                self._report()
         return output
 
     def _is_detached(self, x: Tensor) -> bool:
@@ -68,3 +67,12 @@ def _tensors(tree: tuple[Any, ...]) -> Iterator[Tensor]:
             yield item
         elif isinstance(item, (list, tuple)):
             yield from _tensors(tuple(item))
+
+
+def _warn() -> None:
+    rank_zero_warn(
+        "`training_step` uses values that depend on the weights but were detached "
+        "(`detach`, `torch.no_grad` or frozen weights). Hypergradients take them for "
+        "constants, which they are not. Use `lightning_rtho.stop_gradient(x)` for "
+        "`x.detach()` if they shall be exact."
+    )

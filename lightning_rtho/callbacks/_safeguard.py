@@ -46,6 +46,10 @@ class Safeguard:
         optimizers: The module's optimizers.
         hypers: The hyperparameters, each ``[*H]``.
         descent: What moves them.
+
+    Attributes:
+        best_step: Optimizer steps after which the best state was kept.
+        counts: How often each of the two was done.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class Safeguard:
         self._backtracking = Backtracking()
         self._best: dict[str, Any] = {}
         self._best_values: list[Tensor] = []
+        self.best_step = 0
         self.counts = {"lowered": 0, "restored": 0}
 
     @property
@@ -166,7 +171,7 @@ class Safeguard:
 
     def _keep(self, value: float) -> None:
         self._backtracking.best = value
-        self._best = self._copy()
+        self._best, self.best_step = self._copy(), self._module.global_step
         self._best_values = [hyper.plain.clone() for hyper in self._hypers]
 
     def _copy(self) -> dict[str, Any]:
@@ -181,6 +186,7 @@ class Safeguard:
             "backtracking": self._backtracking.state_dict(),
             "best": self._best,
             "best_values": self._best_values,
+            "best_step": self.best_step,
             "counts": self.counts,
         }
 
@@ -192,4 +198,5 @@ class Safeguard:
         """
         self._backtracking.load_state_dict(state["backtracking"])
         self._best = move_snapshot(state["best"], self._method.params)
-        self._best_values, self.counts = state["best_values"], state["counts"]
+        self._best_values, self.best_step = state["best_values"], state["best_step"]
+        self.counts = state["counts"]

@@ -76,6 +76,7 @@ def read_csv(path: str | PathLike[str]) -> dict[str, Any]:
             update["outer_objective"] = float(row["outer_objective"])
             update["sensitivity"] = float(row["sensitivity"] or "nan")
             update["safeguard"] = row["safeguard"] or None
+            update["restored_step"] = int(row["restored_step"]) if row["restored_step"] else None
             state["updates"].append(update)
     return state
 

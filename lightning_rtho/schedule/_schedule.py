@@ -113,10 +113,10 @@ class Schedule(Sequence[OuterUpdate]):
     def to_csv(self, path: str | PathLike[str]) -> None:
         """Write a table to a CSV file: a row for the start, then one for each update.
 
-        Its columns are ``step``, ``outer_objective``, ``sensitivity``, ``safeguard``, and
-        ``hyperparameter/<name>`` and ``hypergradient/<name>`` for each entry, which for a
-        hyperparameter with a shape are ``<name>[0]``, ``<name>[1]``, ...; what is not known is
-        left empty.
+        Its columns are ``step``, ``outer_objective``, ``sensitivity``, ``safeguard``,
+        ``restored_step``, and ``hyperparameter/<name>`` and ``hypergradient/<name>`` for each
+        entry, which for a hyperparameter with a shape are ``<name>[0]``, ``<name>[1]``, ...; what
+        is not known is left empty.
 
         Args:
             path: The file.

@@ -25,6 +25,8 @@ class OuterUpdate:
         safeguard: What was done in the place of an ordinary update: ``"lowered"`` where the run was
             chaotic, ``"restored"`` where it was lost and went back to its best state, which gives
             no hypergradients (NaN); else None.
+        restored_step: Optimizer steps after which the state was kept that a restored run went back
+            to; else None.
 
     Example:
         >>> import torch
@@ -39,3 +41,4 @@ class OuterUpdate:
     outer_objective: float
     sensitivity: float = math.nan
     safeguard: str | None = None
+    restored_step: int | None = None

@@ -9,7 +9,7 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 from torch import optim
 
-from lightning_rtho import RTHO, TRHO, Interval, Offload, Positive
+from lightning_rtho import RTHO, TRHO, Interval, Offload, Positive, ReplaySchedule
 from tests.callbacks.problems import SmallNet, loader
 
 EVERYTHING = {
@@ -58,7 +58,7 @@ def run(path: Path, callback: dict[str, Any] | None, config: Path | None = None)
         args=["fit", "--config", str(config)],
         save_config_kwargs={"overwrite": True},
     )
-    (found,) = (c for c in cli.trainer.callbacks if isinstance(c, (RTHO, TRHO)))
+    (found,) = (c for c in cli.trainer.callbacks if isinstance(c, (RTHO, TRHO, ReplaySchedule)))
     return found, Path(cli.trainer.log_dir or path) / "config.yaml"
 
 
@@ -96,3 +96,15 @@ def test_yaml_may_name_settings_alone_and_observe(outer_optimizer, tmp_path):
     callback, _ = run(tmp_path, {"class_path": "lightning_rtho.RTHO", "init_args": arguments})
     assert len(callback.schedule) == 2
     assert (callback.hyperparameters["lr"] == 0.05) == (outer_optimizer is None)
+
+
+def test_yaml_may_replay_a_schedule(tmp_path):
+    arguments: dict[str, Any] = {"hyperparameters": ["lr"], "hyper_batch_size": 5}
+    learned, _ = run(tmp_path, {"class_path": "lightning_rtho.RTHO", "init_args": arguments})
+    path = tmp_path / "schedule.json"
+    learned.schedule.to_json(path)
+    arguments = {"schedule": str(path), "stretch": 2.0}
+    callback = {"class_path": "lightning_rtho.ReplaySchedule", "init_args": arguments}
+    replayed, _ = run(tmp_path, callback)
+    halfway = learned.schedule.values_at(10)["lr"]  # of 20 steps, for which it would need 40
+    assert torch.equal(replayed.hyperparameters["lr"], halfway)

@@ -11,7 +11,17 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn, optim
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_rtho import RTHO, TRHO, Hyperparameter, KeepGraph, Offload, Positive
+from lightning_rtho import (
+    RTHO,
+    TRHO,
+    Hyperparameter,
+    KeepGraph,
+    Offload,
+    OuterUpdate,
+    Positive,
+    ReplaySchedule,
+    Schedule,
+)
 from tests.callbacks.problems import FEATURES, SmallNet, fit, loader
 
 METHODS = {
@@ -73,6 +83,7 @@ class Report(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         held = {
             "weights": [p.detach().clone() for p in pl_module.parameters()],
+            "start": self.callback.schedule.start,
             "values": [u.values for u in self.callback.schedule],
             "hypergradients": [u.hypergradients for u in self.callback.schedule],
             "objectives": [u.outer_objective for u in self.callback.schedule],
@@ -131,6 +142,22 @@ def test_two_processes_equal_one(method, options, unused, settings, tmp_path):
         for update, other in zip(two[0][kind], two[1][kind], strict=True):
             assert all(torch.equal(update[name], other[name]) for name in update)
     assert len(one["values"]) == 2
+
+
+def test_two_processes_replay_what_they_have_learned(tmp_path, monkeypatch):
+    strategy = lambda: DDPStrategy(start_method="spawn", process_group_backend="gloo")
+    learned = run("forward", tmp_path / "learned", 2, strategy())
+    held = learned[0]
+    updates = [
+        OuterUpdate(step, values, {}, 0.0)
+        for step, values in zip((3, 6), held["values"], strict=True)
+    ]
+    schedule = Schedule(updates, start=held["start"])
+    monkeypatch.setitem(METHODS, "replay", lambda: ReplaySchedule(schedule))
+    replayed = run("replay", tmp_path / "replayed", 2, strategy())
+    for ours, theirs in zip(replayed, learned, strict=True):
+        pairs = zip(ours["weights"], theirs["weights"], strict=True)
+        assert all(torch.equal(found, expected) for found, expected in pairs)
 
 
 def test_static_graph_is_refused():

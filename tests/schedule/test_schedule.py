@@ -25,7 +25,7 @@ def make_schedule() -> Schedule:
     start = values()
     updates = [OuterUpdate(step, values(), values(), 0.1 * step, step / 7) for step in (3, 6, 9)]
     unknown = {name: torch.full_like(value, torch.nan) for name, value in start.items()}
-    updates.append(OuterUpdate(11, values(), unknown, 0.1 * 11, safeguard="restored"))
+    updates.append(OuterUpdate(11, values(), unknown, 1.1, safeguard="restored", restored_step=6))
     domains = {"lr/pg1": "Positive()", "w": "Interval(low=0, high=1)", "a[0].rates.0": "Real()"}
     return Schedule(updates, start=start, domains=domains)
 
@@ -36,6 +36,7 @@ def assert_same(found: Schedule, expected: Schedule, *, dtype: torch.dtype | Non
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.outer_objective == theirs.outer_objective
         assert ours.safeguard == theirs.safeguard
+        assert ours.restored_step == theirs.restored_step
         assert ours.sensitivity == pytest.approx(theirs.sensitivity, rel=0, nan_ok=True)
         pairs += [(ours.values, theirs.values), (ours.hypergradients, theirs.hypergradients)]
     for ours, theirs in pairs:

@@ -1,0 +1,67 @@
+"""Finite differences at several step sizes, and what their disagreement says."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+__all__ = ["Differences"]
+
+_STEPS = (1e-3, 1e-4, 1e-5, 1e-6)
+"""Relative step sizes: truncation falls with their square, rounding grows with their inverse."""
+
+
+@dataclass(frozen=True)
+class Differences:
+    """The derivative of a function of one variable at 0, by central differences.
+
+    Attributes:
+        value: The derivative, at the step size at which it depends least on the step size.
+        step: That step size.
+        spread: How much it differs there from the derivative at the next larger step size.
+        one_sided: The derivatives to the left and to the right, at the two middle step sizes.
+
+    Example:
+        >>> found = Differences.of(lambda t: (1 + t) ** 3, at_zero=1.0)
+        >>> abs(found.value - 3) < 1e-8, found.has_kink(tolerance=1e-6)
+        (True, False)
+        >>> Differences.of(abs, at_zero=0.0).has_kink(tolerance=1e-6)
+        True
+    """
+
+    value: float
+    step: float
+    spread: float
+    one_sided: tuple[tuple[float, float], tuple[float, float]]
+
+    @classmethod
+    def of(cls, function: Callable[[float], float], at_zero: float) -> "Differences":
+        """Measure.
+
+        Args:
+            function: The function.
+            at_zero: Its value at 0.
+
+        Returns:
+            Its derivative at 0.
+        """
+        values = {h: (function(-h), function(h)) for h in _STEPS}
+        central = {h: (right - left) / (2 * h) for h, (left, right) in values.items()}
+        spreads = {h: abs(central[h] - central[larger]) for larger, h in pairwise(_STEPS)}
+        step = min(spreads, key=lambda h: spreads[h])
+        coarse, fine = (
+            ((at_zero - values[h][0]) / h, (values[h][1] - at_zero) / h) for h in _STEPS[1:3]
+        )
+        return cls(central[step], step, spreads[step], (coarse, fine))
+
+    def has_kink(self, tolerance: float) -> bool:
+        """Tell whether the function is not smooth at 0.
+
+        Args:
+            tolerance: By how much derivatives may differ.
+
+        Returns:
+            Whether central differences depend on the step size, or those to the left and to the
+            right stay apart as the step size falls.
+        """
+        coarse, fine = (abs(right - left) for left, right in self.one_sided)
+        return self.spread > tolerance or (fine > 10 * tolerance and fine > coarse / 2)
