@@ -31,10 +31,8 @@ def test_copies_hold_their_values_and_no_graph_whatever_their_kinds():
 
 def test_what_does_not_fit_is_copied_elsewhere():
     arena = Arena(CPU, 64)
-    first, second = (
-        arena.copy(torch.ones(16, dtype=torch.float32)),
-        arena.copy(torch.full([16], 2.0, dtype=torch.float32)),
-    )
+    first = arena.copy(torch.ones(16, dtype=torch.float32))
+    second = arena.copy(torch.full([16], 2.0, dtype=torch.float32))
     assert first.tolist() == [1.0] * 16
     assert second.tolist() == [2.0] * 16
 
