@@ -14,7 +14,6 @@ Every run keeps the weights of its best validation error. Test images are read o
 import argparse
 import copy
 import itertools
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from data import Examples, batches_of, load_mnist
 from matplotlib.figure import Figure
-from runs import Archive, markdown, mean_and_error, prepare_process, run_missing
+from runs import Archive, clock, markdown, mean_and_error, prepare_process, report, run_missing
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -149,9 +148,9 @@ def run(setting: Setting, data: Path | None) -> Result:
         enable_model_summary=False,
         enable_progress_bar=False,
     )
-    began = time.perf_counter()
+    began = clock()
     trainer.fit(module, batches_of(images, 500, shuffle=True), batches_of(validation, TRAIN_SIZE))
-    seconds = time.perf_counter() - began
+    seconds = clock() - began
     module.load_state_dict(keeper.best)
     result = Result(
         setting,
@@ -181,8 +180,8 @@ def judge(result: Result, weights: Tensor, is_wrong: Tensor) -> None:
         result.weights[name] = part.histc(20, 0, 1).int().tolist()
 
 
-def print_table(results: dict[Setting, Result], file: Path) -> None:
-    """Print the table and write it."""
+def table(results: dict[Setting, Result]) -> str:
+    """Return the table of what was trained on."""
     rows = []
     for method, title in METHODS.items():
         row = [result for result in results.values() if result.setting.method == method]
@@ -194,16 +193,14 @@ def print_table(results: dict[Setting, Result], file: Path) -> None:
             *(found if method == "TRHO" else "---"),
             column(row, "seconds"),
         ])
-    first = next(iter(results))
+    setting = next(iter(results))
     caption = (
-        f"Mean ± standard error over {len({s.seed for s in results})} seeds; {first.steps} steps "
-        f"of SGD at a fixed rate of {first.lr:g}, minibatches of 500, `TRHO` with its defaults. "
-        f"Accuracies in %."
+        f"Mean ± standard error over {len({s.seed for s in results})} seeds; {setting.steps:,} "
+        f"steps of SGD at a fixed rate of {setting.lr:g}, minibatches of 500; `TRHO` with its "
+        "defaults. Accuracies in %, seconds of one core."
     )
     header = ["trained on", "test", "validation", "precision", "recall", "F1", "seconds"]
-    table = markdown(header, rows, caption)
-    file.write_text(table + "\n")
-    print(f"\n{table}")
+    return markdown(header, rows, caption)
 
 
 def column(results: list[Result], name: str, digits: int = 0) -> str:
@@ -247,9 +244,7 @@ def main() -> None:
     settings = [Setting(m, s, args.steps) for s, m in itertools.product(args.seeds, METHODS)]
     archive = Archive(args.output / "hypercleaning.json", Setting, Result)
     results = run_missing(run, settings, archive, args.data, workers=args.workers)
-    print_table(results, args.output / "hypercleaning.md")
-    draw(results).savefig(args.output / "hypercleaning.png", dpi=110)
-    print(f"\nFigure: {args.output / 'hypercleaning.png'}")
+    report(args.output / "hypercleaning", table(results), draw(results))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import logging
 import multiprocessing
+import os
 import resource
 import time
 import warnings
@@ -14,6 +15,7 @@ from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 Setting = TypeVar("Setting")
 
@@ -66,6 +68,7 @@ def run_missing(
     results = archive.read()
     missing = [setting for setting in settings if setting not in results]
     print(f"{len(missing)} of {len(settings)} runs to do", flush=True)
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of several processes on one screen
     context = multiprocessing.get_context("spawn")
     tasks = 1 if alone else None
     with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=tasks) as pool:
@@ -78,6 +81,13 @@ def run_missing(
             minutes = (time.perf_counter() - began) / 60
             print(f"  {count}/{len(missing)} after {minutes:.1f} min: {result.setting}", flush=True)
     return {setting: results[setting] for setting in settings}
+
+
+clock = time.process_time
+"""Seconds of one core: what a run takes where nobody else is at work, and the same where others are.
+
+Budgets are in these, so that a search has its due on a busy machine, too.
+"""
 
 
 def prepare_process() -> None:
@@ -121,3 +131,10 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str)
     """Return a table with its caption above it."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join([caption, "", *(f"| {' | '.join(line)} |" for line in lines)])
+
+
+def report(path: Path, table: str, figure: Figure) -> None:
+    """Print and write a table; write a figure beside it."""
+    path.with_suffix(".md").write_text(table + "\n")
+    figure.savefig(path.with_suffix(".png"), dpi=110)
+    print(f"\n{table}\n\nFigure: {path.with_suffix('.png')}")
