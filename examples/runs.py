@@ -84,7 +84,7 @@ def run_missing(
 
 
 clock = time.process_time
-"""Seconds of one core: what a run takes where nobody else is at work, and the same where others are.
+"""Seconds of one core: what a run takes where nobody else is at work.
 
 Budgets are in these, so that a search has its due on a busy machine, too.
 """
