@@ -12,7 +12,7 @@ import torch
 from data import Examples
 from matplotlib.axes import Axes
 from methods import Method, Task, Values
-from runs import Archive, mean_and_error, prepare_process, run_missing
+from runs import Archive, prepare_process, run_missing
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,11 @@ def error_in_percent(module: L.LightningModule, data: Examples) -> float:
 def arguments(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--data", type=Path, help="archive of the data")
-    parser.add_argument("--full", action="store_true", help="the paper's size, for a GPU")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--full", dest="size", action="store_const", const="full", default="small",
+                      help="the paper's size, for a GPU")  # fmt: skip
+    size.add_argument("--quick", dest="size", action="store_const", const="quick",
+                      help="a tiny network, to see that all runs")  # fmt: skip
     parser.add_argument("--steps", type=int, help="optimizer steps of each training")
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--workers", type=int, default=2, help="processes; one with --full")
@@ -88,11 +92,12 @@ def compare(
     args: argparse.Namespace,
 ) -> list[Result]:
     """Run every method on every seed; those that are given RTHO's time or a part come last."""
-    size, workers = ("full", 1) if args.full else ("small", args.workers)
+    size, workers = args.size, 1 if args.size == "full" else args.workers
     archive = Archive(args.output / f"{name}.json", Setting, Result)
+    alone = size != "quick"  # what one run has compiled, the next shall compile, too
 
     def run_all(settings: list[Setting]) -> dict[Setting, Result]:
-        return run_missing(run, settings, archive, args.data, workers=workers, alone=True)
+        return run_missing(run, settings, archive, args.data, workers=workers, alone=alone)
 
     pairs = list(itertools.product(seeds, methods))
     first = run_all([Setting(m, s, size, steps) for s, m in pairs if not methods[m].share])
@@ -109,12 +114,6 @@ def of_method(results: Sequence[Result], method: str) -> list[Result]:
     return [result for result in results if result.setting.method == method]
 
 
-def cell(values: Sequence[float], digits: int) -> str:
-    """Return mean and standard error as a cell of a table."""
-    mean, error = mean_and_error(values)
-    return f"{mean:.{digits}f} ± {error:.{digits}f}"
-
-
 def draw_errors(ax: Axes, results: Sequence[Result], colors: dict[str, str], names: dict) -> None:
     """Draw mean validation errors over steps, of methods that train once and to the end."""
     for method, color in colors.items():
@@ -124,7 +123,8 @@ def draw_errors(ax: Axes, results: Sequence[Result], colors: dict[str, str], nam
             steps, errors = np.mean([curve[:length] for curve in curves], axis=0).T
             ax.plot(steps, errors, color=color, label=names[method])
     ax.set(xlabel="Optimizer step", yscale="log")
-    ax.grid(alpha=0.25, which="both")
+    ax.minorticks_off()
+    ax.grid(alpha=0.25)
 
 
 def draw_values(ax: Axes, results: Sequence[Result], name: str, colors: dict[str, str]) -> None:

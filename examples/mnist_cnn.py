@@ -23,7 +23,6 @@ from comparison import (
     Result,
     Setting,
     arguments,
-    cell,
     compare,
     draw_errors,
     draw_values,
@@ -33,7 +32,7 @@ from comparison import (
 from data import batches_of, load_mnist
 from matplotlib.figure import Figure
 from methods import Fixed, Range, RateFinder, Search, Task, Tuned, Values
-from runs import markdown, report
+from runs import cell, markdown, report
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -78,6 +77,7 @@ class Size:
 SIZES = {
     "small": Size((8, 16), 128, 4000, 10_000, 500),
     "full": Size((32, 64), 1024, 20_000, 55_000, 1000),
+    "quick": Size((2, 4), 16, 100, 500, 50),
 }
 
 
@@ -191,7 +191,7 @@ def draw(results: list[Result]) -> Figure:
 
 def main() -> None:
     args = arguments(__doc__)
-    steps = args.steps or SIZES["full" if args.full else "small"].steps
+    steps = args.steps or SIZES[args.size].steps
     results = compare(run, METHODS, args.seeds or SEEDS, steps, "mnist_cnn", args)
     report(args.output / "mnist_cnn", table(results), draw(results))
 

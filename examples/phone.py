@@ -11,7 +11,7 @@ momentum, the weight of the secondary task and an L2 coefficient are tuned.
 The learning rate and momentum of the paper's plain network are the teacher: `RTHO` and `TRHO` start
 there, with no penalty and no secondary task; without a teacher (NT) `RTHO` starts from nothing.
 
-Every run keeps the weights of its best validation error. Test frames are read once, at its end.
+Runs keep the weights of its best validation error. Test frames are read once, at the end of a run.
 """
 
 import gc
@@ -28,7 +28,6 @@ from comparison import (
     Result,
     Setting,
     arguments,
-    cell,
     compare,
     draw_errors,
     draw_values,
@@ -41,6 +40,7 @@ from matplotlib.figure import Figure
 from methods import Fixed, Range, RateFinder, Search, Task, Tuned, Values
 from runs import (
     Archive,
+    cell,
     markdown,
     peak_memory,
     prepare_process,
@@ -105,8 +105,11 @@ class Size:
 SIZES = {
     "small": Size((256, 256), 3000, 250),
     "full": Size((2000, 2000, 2000, 2000), 10_000, 500),
-    "tiny": Size((64,), 20, 20),  # fills caches before memory is measured
+    "quick": Size((32,), 40, 20),
+    "warm-up": Size((64,), 20, 20),
 }
+WARM_UPS = {"small": "warm-up", "full": "warm-up", "quick": "quick"}
+"""Sizes trained before memory is measured, so that what is needed is imported and compiled."""
 
 
 class PhoneRecognizer(L.LightningModule):
@@ -195,10 +198,10 @@ class Peak:
 
 
 def measure_memory(probe: Probe, data: Path | None) -> Peak:
-    """Train a tiny network, which imports and compiles what is needed, then the one in question."""
+    """Train a small network, which imports and compiles what is needed, then the one asked for."""
     prepare_process()
     split = load_speech(data, 0, neighbours=True)
-    for size in (SIZES["tiny"], SIZES[probe.size]):
+    for size in (SIZES[WARM_UPS[probe.size]], SIZES[probe.size]):
         task, _ = task_of(size, 40, split)
         gc.collect()
         before = reset_peak_memory()
@@ -272,10 +275,9 @@ def draw_time(ax: Axes, results: list[Result]) -> None:
 
 def main() -> None:
     args = arguments(__doc__)
-    size = "full" if args.full else "small"
-    steps = args.steps or SIZES[size].steps
+    steps = args.steps or SIZES[args.size].steps
     archive = Archive(args.output / "phone_memory.json", Probe, Peak)
-    probes = [Probe(method, size) for method in ("fixed", "RTHO", "TRHO")]
+    probes = [Probe(method, args.size) for method in ("fixed", "RTHO", "TRHO")]
     found = run_missing(measure_memory, probes, archive, args.data, workers=1, alone=True)
     peaks = {probe.method: peak.megabytes for probe, peak in found.items()}
     results = compare(run, METHODS, args.seeds or SEEDS, steps, "phone", args)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import multiprocessing
 import os
 import resource
@@ -125,6 +126,14 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """Return mean and standard error; that of one value is taken as 0."""
     spread = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
     return float(np.mean(values)), float(spread)
+
+
+def cell(values: Sequence[float], digits: int) -> str:
+    """Return mean and standard error as a cell of a table, empty where they are not known."""
+    mean, error = mean_and_error(values)
+    if math.isnan(mean):
+        return ""
+    return f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if len(values) > 1 else "")
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
