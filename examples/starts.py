@@ -16,27 +16,22 @@ the end of a run.
 
 import argparse
 import itertools
-import json
-import logging
 import math
-import multiprocessing
 import os
 import time
-import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
+from data import Examples, Split, batches_of, load_mnist, load_speech
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from runs import Archive, mean_and_error, prepare_process, run_missing
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
 
 from lightning_rtho import RTHO, TRHO, OuterUpdate
 
@@ -50,44 +45,6 @@ CALLBACKS: dict[str, Callable[..., RTHO | TRHO]] = {"RTHO": RTHO, "TRHO": TRHO}
 COLORS = {"fixed": "0.45", "RTHO": "tab:blue", "TRHO": "tab:orange"}
 
 
-class Examples(Dataset):
-    """Inputs and labels, handed out a batch at a time."""
-
-    def __init__(self, inputs: Tensor, labels: Tensor) -> None:
-        self.inputs, self.labels = inputs, labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitems__(self, indices: list[int]) -> list[Tensor]:
-        """Return a batch."""
-        rows = torch.tensor(indices)
-        return [self.inputs_of(rows), self.labels[rows]]
-
-    def inputs_of(self, rows: Tensor) -> Tensor:
-        """Return the inputs of some examples."""
-        return self.inputs[rows]
-
-
-class Frames(Examples):
-    """Frames of speech, each between the five before and the five after it in its utterance."""
-
-    def __init__(
-        self, frames: Tensor, labels: Tensor, rows: Tensor, first: Tensor, last: Tensor
-    ) -> None:
-        super().__init__(frames, labels[rows])
-        self.rows, self.first, self.last = rows, first[rows, None], last[rows, None]
-
-    def inputs_of(self, rows: Tensor) -> Tensor:
-        """Return windows ``[len(rows), 11 * 123]``."""
-        window = self.rows[rows, None] + torch.arange(-5, 6)
-        window = window.maximum(self.first[rows]).minimum(self.last[rows])
-        return self.inputs[window].flatten(1)
-
-
-Split = tuple[Examples, Examples, Examples]
-
-
 def load_digits(data: Path | None, seed: int) -> Split:
     """Return 600 images to train on, 600 to validate on, 597 to test on."""
     from sklearn import datasets
@@ -97,47 +54,6 @@ def load_digits(data: Path | None, seed: int) -> Split:
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     parts = order[:600], order[600:1200], order[1200:]
     train, validation, test = (Examples(images[part], labels[part]) for part in parts)
-    return train, validation, test
-
-
-def load_mnist(data: Path | None, seed: int) -> Split:
-    """Return 5,000 images to train on, 5,000 to validate on and the 10,000 test images."""
-    if data is None:
-        from sklearn.datasets import fetch_openml
-
-        found = fetch_openml("mnist_784", version=1, as_frame=False, parser="liac-arff")
-        images, labels = found.data.reshape(-1, 28, 28), found.target.astype(np.int64)
-    else:
-        with np.load(data) as arrays:
-            images = np.concatenate([arrays["x_train"], arrays["x_test"]])
-            labels = np.concatenate([arrays["y_train"], arrays["y_test"]])
-    order = torch.randperm(60_000, generator=torch.Generator().manual_seed(seed))
-    parts = order[:5000], order[5000:10_000], torch.arange(60_000, 70_000)
-    train, validation, test = (
-        Examples(
-            torch.tensor(images[part], dtype=torch.float32)[:, None] / 255,
-            torch.tensor(labels[part], dtype=torch.int64),
-        )
-        for part in parts
-    )
-    return train, validation, test
-
-
-def load_speech(data: Path | None, seed: int) -> Split:
-    """Return the frames of 2,400 utterances to train on, of 300 to validate and to test on."""
-    if data is None:
-        raise SystemExit("`--task speech` needs its data: pass `--data spoken_digits.npz`.")
-    with np.load(data) as arrays:
-        frames = torch.tensor((arrays["x"].astype(np.float32) - arrays["mean"]) / arrays["std"])
-        labels = torch.tensor(arrays["y_state"], dtype=torch.int64)
-        utterance = torch.tensor(arrays["frame_utt"], dtype=torch.int64)
-        offset = torch.tensor(arrays["utt_offset"], dtype=torch.int64)
-        part = torch.tensor(arrays["utt_split"])[utterance]
-    first, last = offset[utterance], offset[utterance + 1] - 1
-    train, validation, test = (
-        Frames(frames, labels, (part == code).nonzero().squeeze(1), first, last)
-        for code in (0, 1, 2)
-    )
     return train, validation, test
 
 
@@ -190,11 +106,6 @@ class Setting:
     start_lr: float
     seed: int
 
-    @property
-    def key(self) -> str:
-        """Name of the run in the JSON file."""
-        return "/".join(str(value) for value in asdict(self).values())
-
 
 @dataclass
 class Result:
@@ -234,8 +145,7 @@ class Classifier(L.LightningModule):
 
 def run(setting: Setting, data: Path | None, steps: int | None = None) -> Result:
     """Train a fresh network and test it."""
-    silence_lightning()
-    torch.set_num_threads(1)  # the runs share the cores
+    prepare_process()
     L.seed_everything(setting.seed, verbose=False)
     task = TASKS[setting.task]
     train, validation, test = task.load(data, setting.seed)
@@ -258,8 +168,8 @@ def run(setting: Setting, data: Path | None, steps: int | None = None) -> Result
     began = time.perf_counter()
     trainer.fit(
         module,
-        DataLoader(train, batch_size=50, shuffle=True, collate_fn=as_it_is),
-        DataLoader(validation, batch_size=task.validation_batch, collate_fn=as_it_is),
+        batches_of(train, 50, shuffle=True),
+        batches_of(validation, task.validation_batch),
     )
     seconds = time.perf_counter() - began
     result = Result(
@@ -274,10 +184,6 @@ def run(setting: Setting, data: Path | None, steps: int | None = None) -> Result
         acted = [update.safeguard for update in callback.schedule if update.safeguard]
         result.safeguards = {kind: acted.count(kind) for kind in sorted(set(acted))}
     return result
-
-
-def as_it_is(batch: list[Tensor]) -> list[Tensor]:
-    return batch
 
 
 @torch.no_grad()
@@ -315,52 +221,16 @@ def settings_of(task: str, seeds: Sequence[int], tuned: Sequence[str]) -> list[S
     return chosen
 
 
-def read(file: Path) -> dict[str, Result]:
-    """Read the finished runs."""
-    if not file.exists():
-        return {}
-    found = [Result(**entry) for entry in json.loads(file.read_text())]
-    for result in found:
-        result.setting = Setting(**result.setting)  # type: ignore[arg-type]
-    return {result.setting.key: result for result in found}
-
-
-def write(file: Path, results: dict[str, Result]) -> None:
-    """Write the finished runs, so that a run killed meanwhile leaves the old file."""
-    draft = file.with_suffix(".part")
-    draft.write_text(json.dumps([asdict(result) for result in results.values()], indent=0))
-    draft.replace(file)
-
-
-def run_missing(
-    settings: Sequence[Setting], file: Path, data: Path | None, steps: int | None, workers: int
-) -> dict[str, Result]:
-    """Run what the file lacks, in several processes."""
-    results = read(file)
-    missing = [setting for setting in settings if setting.key not in results]
-    print(f"{len(missing)} of {len(settings)} runs to do", flush=True)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        for done in as_completed([pool.submit(run, s, data, steps) for s in missing]):
-            result = done.result()
-            results[result.setting.key] = result
-            write(file, results)
-    return results
-
-
 def group_of(results: Sequence[Result], **wanted: Any) -> list[Result]:
     return [
         r for r in results if all(getattr(r.setting, k) == value for k, value in wanted.items())
     ]
 
 
-def mean_and_error(results: Sequence[Result]) -> tuple[float, float]:
-    """Return mean and standard error of test errors; one run's standard error is taken as 0."""
-    if not results:  # a task that was stopped on the way
-        return math.nan, 0.0
-    errors = np.array([result.test_error for result in results])
-    spread = errors.std(ddof=1) / len(errors) ** 0.5 if len(errors) > 1 else 0.0
-    return float(errors.mean()), float(spread)
+def error_of(results: Sequence[Result]) -> tuple[float, float]:
+    """Return mean and standard error of test errors; NaN where a task was stopped on the way."""
+    errors = [result.test_error for result in results]
+    return mean_and_error(errors) if errors else (math.nan, 0.0)
 
 
 def rows_of(results: Sequence[Result]) -> list[tuple[str, str, str, str]]:
@@ -377,11 +247,11 @@ def rows_of(results: Sequence[Result]) -> list[tuple[str, str, str, str]]:
 def judge(tuned: Sequence[Result], fixed: Sequence[Result]) -> tuple[int, int, int]:
     """Count starts at least as good as fixed, starts near the best fixed rate, and all starts."""
     lrs = sorted({result.setting.start_lr for result in tuned})
-    best = min(mean_and_error(group_of(fixed, start_lr=lr))[0] for lr in lrs)
+    best = min(error_of(group_of(fixed, start_lr=lr))[0] for lr in lrs)
     no_worse = near_best = 0
     for lr in lrs:
-        error, spread = mean_and_error(group_of(tuned, start_lr=lr))
-        fixed_error, fixed_spread = mean_and_error(group_of(fixed, start_lr=lr))
+        error, spread = error_of(group_of(tuned, start_lr=lr))
+        fixed_error, fixed_spread = error_of(group_of(fixed, start_lr=lr))
         no_worse += error <= fixed_error + 2 * math.hypot(spread, fixed_spread)
         near_best += error <= 1.1 * best
     return no_worse, near_best, len(lrs)
@@ -402,7 +272,7 @@ def print_table(results: Sequence[Result]) -> None:
     for task, optimizer, tuned, method in rows_of(results):
         row = group_of(results, task=task, optimizer=optimizer, tuned=tuned, method=method)
         fixed = group_of(results, task=task, optimizer=optimizer, method="fixed")
-        cells = [f"{mean_and_error(group_of(row, start_lr=lr))[0]:6.1f}" for lr in lrs]
+        cells = [f"{error_of(group_of(row, start_lr=lr))[0]:6.1f}" for lr in lrs]
         no_worse, near_best, starts = judge(row, fixed)
         verdict = f"{no_worse}/{starts}" if method != "fixed" else "-"
         broken = sum(not result.is_finite for result in row)
@@ -436,7 +306,7 @@ def draw_panel(ax: Axes, results: Sequence[Result]) -> None:
     for *_, tuned, method in rows_of(results):
         row = group_of(results, tuned=tuned, method=method)
         lrs = sorted({result.setting.start_lr for result in row})
-        points = [mean_and_error(group_of(row, start_lr=lr)) for lr in lrs]
+        points = [error_of(group_of(row, start_lr=lr)) for lr in lrs]
         ax.errorbar(
             lrs,
             [mean for mean, _ in points],
@@ -454,13 +324,6 @@ def draw_panel(ax: Axes, results: Sequence[Result]) -> None:
     ax.grid(alpha=0.25)
 
 
-def silence_lightning() -> None:
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
-    warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning 2.6 with torch 2.13
-    warnings.filterwarnings("ignore", "At step .* the")  # what the safeguards did is counted
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", choices=TASKS, default="digits")
@@ -474,7 +337,9 @@ def main() -> None:
     seeds = SEEDS[:1] if args.quick else SEEDS
     settings = settings_of(args.task, seeds, ("lr", "all"))
     file = args.output / ("starts.json" if args.steps is None else f"starts-{args.steps}.json")
-    results = list(run_missing(settings, file, args.data, args.steps, args.workers).values())
+    archive = Archive(file, Setting, Result)
+    run_missing(run, settings, archive, args.data, args.steps, workers=args.workers)
+    results = list(archive.read().values())
     print_table(results)
     draw(results).savefig(args.output / "starts.png", dpi=150)
     print(f"\nFigure: {args.output / 'starts.png'}")

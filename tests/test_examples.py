@@ -1,11 +1,13 @@
 """Every script of `examples/`, shortened: it runs, leaves its files and prints its number."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -14,11 +16,33 @@ OPTIONS = {
     "digits": ["--steps", "60"],
     "toy_trajectories": [],
     "starts": ["--quick", "--steps", "20"],
+    "hypercleaning": ["--data", "mnist.npz", "--seeds", "0", "--steps", "50"],
+    "mnist_cnn": ["--data", "mnist.npz", "--seeds", "0", "1", "--quick"],
+    "phone": ["--data", "spoken_digits.npz", "--seeds", "0", "--quick"],
 }
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def data(tmp_path_factory):
+    """A folder with archives in the form of the real ones: every class is a pattern in noise."""
+    folder, draw = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    labels = draw.integers(0, 10, 70_000)
+    images = draw.integers(0, 128, (10, 28, 28), dtype=np.uint8)[labels]
+    images[::2] += 100
+    np.savez(folder / "mnist", x_train=images[:60_000], y_train=labels[:60_000],
+             x_test=images[60_000:], y_test=labels[60_000:])  # fmt: skip
+    states = draw.integers(0, 58, 1500)
+    frames = np.eye(58, 123)[states] + 0.3 * draw.normal(size=(1500, 123))
+    frames = frames.astype(np.float32)
+    np.savez(folder / "spoken_digits", x=frames.astype(np.float16), mean=frames.mean(axis=0),
+             std=frames.std(axis=0), y_state=states, left_phone=states // 3,
+             right_phone=states // 3, frame_utt=np.arange(1500) // 50,
+             utt_offset=np.arange(0, 1501, 50), utt_split=np.arange(30) // 10)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, data):
     """Run a script once; give its output folder and what it printed."""
     finished = {}
 
@@ -29,7 +53,7 @@ def run(tmp_path_factory):
                 [
                     sys.executable,
                     str(ROOT / "examples" / f"{script}.py"),
-                    *OPTIONS[script],
+                    *(str(data / o) if o.endswith(".npz") else o for o in OPTIONS[script]),
                     "--output",
                     str(output),
                 ],
@@ -59,7 +83,8 @@ def scalars(folder):
 
 
 def test_every_example_is_run_here():
-    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == set(OPTIONS)
+    scripts = {p.stem for p in (ROOT / "examples").glob("*.py") if "def main" in p.read_text()}
+    assert scripts == set(OPTIONS)
 
 
 @pytest.mark.parametrize("script", OPTIONS)
@@ -115,3 +140,35 @@ def test_starts_prints_a_row_for_each_kind_of_run_and_goes_on_where_it_was_stopp
         assert len(rows) == 10
         assert rows[0][:4] == ["digits", "SGD", "fixed", "nothing"]
         assert all(row[-1] == "8" for row in rows)
+
+
+def table_of(folder, script):
+    """Rows of a script's table, by their first cell."""
+    lines = (folder / f"{script}.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "|" in line]
+    return {row[0]: row[1:] for row in rows[2:]}
+
+
+def test_hypercleaning_tells_wrong_labels_from_right_ones(run):
+    output, _ = run("hypercleaning")
+    rows = table_of(output, "hypercleaning")
+    assert len(rows) == 7
+    assert float(rows["all, weighted by `TRHO`"][2]) > 0.7  # 2 / 3 for all images, 50 steps
+
+
+@pytest.mark.parametrize(("script", "searches"), [("mnist_cnn", 1), ("phone", 2)])
+def test_comparison_has_a_row_for_each_method_and_goes_on_where_it_was_stopped(
+    run, script, searches
+):
+    output, done = run(script)
+    rows = table_of(output, script)
+    assert f"{searches * len(OPTIONS[script][3:-1])} of" in done.stdout
+    assert all(math.isfinite(float(row[0].split()[0])) for row in rows.values())
+    file = output / f"{script}.json"
+    file.write_text(json.dumps(json.loads(file.read_text())[:-1]))
+    before = (output / f"{script}.md").read_text()
+    _, again = run(script, again=True)
+    assert "0 of" in again.stdout
+    assert "1 of" in again.stdout
+    assert len(table_of(output, script)) == len(rows)
+    assert before.splitlines()[0] == (output / f"{script}.md").read_text().splitlines()[0]
