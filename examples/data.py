@@ -1,15 +1,41 @@
-"""The data of the larger examples: MNIST and frames of spoken digits, as Lightning trains on them.
+"""The data of the examples, as Lightning trains on them: digits, MNIST and frames of speech.
 
-MNIST comes from an archive with the arrays `x_train`, `y_train`, `x_test` and `y_test`, or from
-OpenML by scikit-learn; the speech from an archive alone.
+The digits come with scikit-learn. MNIST comes from an archive with the arrays `x_train`, `y_train`,
+`x_test` and `y_test`, or from OpenML by scikit-learn; the speech from an archive alone.
 """
 
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+
+def split_digits(seed: int) -> tuple[TensorDataset, TensorDataset, TensorDataset]:
+    """Return 600 images to train on, 600 to validate on, 597 to test on."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    images, labels = torch.tensor(images, dtype=torch.float32) / 16, torch.tensor(labels)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    train, validation, test = (
+        TensorDataset(images[part], labels[part])
+        for part in (order[:600], order[600:1200], order[1200:])
+    )
+    return train, validation, test
+
+
+def digit_loaders(seed: int = 0) -> tuple[DataLoader, DataLoader, TensorDataset]:
+    """Return batches of digits to train on and to validate on, and the test images."""
+    train, validation, test = split_digits(seed)
+    return DataLoader(train, 50, shuffle=True), DataLoader(validation, 200), test
+
+
+@torch.no_grad()
+def error_in_percent(net: nn.Module, data: TensorDataset) -> float:
+    images, labels = data.tensors
+    return 100 * (net(images).argmax(dim=1) != labels).float().mean().item()
 
 
 class Examples(Dataset):

@@ -12,19 +12,18 @@ The callbacks see training and validation images. Test images are for the report
 """
 
 import argparse
-import logging
 import time
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from data import error_in_percent, split_digits
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
+from quiet import silence_lightning
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -108,24 +107,6 @@ class Run:
     def test_error(self) -> float:
         """Misread test images after the last step, in percent."""
         return self.curves.test_errors[-1]
-
-
-@torch.no_grad()
-def error_in_percent(net: nn.Module, data: TensorDataset) -> float:
-    images, labels = data.tensors
-    return 100 * (net(images).argmax(dim=1) != labels).float().mean().item()
-
-
-def split_digits(seed: int) -> tuple[TensorDataset, TensorDataset, TensorDataset]:
-    """Return 600 images to train on, 600 to validate on, 597 to test on."""
-    images, labels = load_digits(return_X_y=True)
-    images, labels = torch.tensor(images, dtype=torch.float32) / 16, torch.tensor(labels)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    train, validation, test = (
-        TensorDataset(images[part], labels[part])
-        for part in (order[:600], order[600:1200], order[1200:])
-    )
-    return train, validation, test
 
 
 def train(
@@ -217,12 +198,6 @@ def draw_hyperparameter(
         axes[1].plot(steps[1:-1], [u.hypergradients[name].item() for u in updates], **style)
     axes[1].axhline(0, color="0.7", linewidth=0.8, zorder=0)
     axes[1].set_yscale("symlog", linthresh={"lr": 10, "l2": 0.1}[name])
-
-
-def silence_lightning() -> None:
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
-    warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning 2.6 with torch 2.13
 
 
 def main() -> None:

@@ -1,7 +1,6 @@
 """Many runs: those that are finished in a JSON file, those that are missing in other processes."""
 
 import json
-import logging
 import math
 import multiprocessing
 import os
@@ -17,6 +16,7 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from quiet import silence_lightning
 
 Setting = TypeVar("Setting")
 
@@ -95,12 +95,6 @@ def prepare_process() -> None:
     """Let a run have one core, and let Lightning say only what a reader of the table needs."""
     torch.set_num_threads(1)  # the runs share the cores
     silence_lightning()
-
-
-def silence_lightning() -> None:
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
-    warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning 2.6 with torch 2.13
     warnings.filterwarnings("ignore", "At step .* the")  # what the safeguards did is counted
 
 

@@ -9,8 +9,6 @@ are drawn. After Figure 1 of Franceschi et al.'s poster "Real-time Hyperparamete
 """
 
 import argparse
-import logging
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from quiet import silence_lightning
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -167,12 +166,6 @@ def draw(
     entries = [Line2D([], [], **style) for style in styles]
     figure.legend(handles=entries, loc="outside upper center", ncols=5, frameon=False)
     return figure
-
-
-def silence_lightning() -> None:
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
-    warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning 2.6 with torch 2.13
 
 
 def main() -> None:
