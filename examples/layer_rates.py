@@ -3,11 +3,12 @@
 import lightning as L
 import torch
 from data import digit_loaders, error_in_percent
+from matplotlib.figure import Figure
 from quiet import QUIET, silence_lightning
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_rtho import RTHO, Hyperparameter, Positive
+from lightning_rtho import RTHO, Hyperparameter, Positive, Schedule
 
 
 class LayerRates(L.LightningModule):
@@ -39,6 +40,18 @@ class LayerRates(L.LightningModule):
         ])
 
 
+def draw(schedule: Schedule) -> Figure:
+    """Draw the rates over the steps."""
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for name in schedule.names:
+        rates = [update.values[name] for update in schedule]
+        axes.step(schedule.steps, rates, where="post", label=name)
+    axes.set(yscale="log", xlabel="Optimizer step", ylabel="Learning rate")
+    axes.legend()
+    return figure
+
+
 def main(steps: int = 1000) -> None:
     silence_lightning()
     L.seed_everything(0, verbose=False)
@@ -47,12 +60,10 @@ def main(steps: int = 1000) -> None:
     trainer = L.Trainer(accelerator="cpu", max_steps=steps, callbacks=[callback], **QUIET)
     trainer.fit(module, train, validation)
 
-    callback.schedule.plot().savefig("layer_rates.png", dpi=60)
+    draw(callback.schedule).savefig("layer_rates.png")
+    for name, rate in callback.hyperparameters.items():
+        print(f"{name:9} {rate:.1e}")
     print(f"Test error in %: {error_in_percent(module.net, test):.1f}")
-    rates = {name: value.item() for name, value in callback.hyperparameters.items()}
-    for name, rate in rates.items():
-        print(f"{name:10} {rate:.1e}")
-    print(f"Largest rate / smallest rate: {max(rates.values()) / min(rates.values()):.1f}")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ def main() -> None:
     callback = RTHO(["lr"])
     trainer = L.Trainer(max_steps=1000, callbacks=[callback], **QUIET)
     trainer.fit(module, train, validation)
-    callback.schedule.plot().savefig("quickstart.png", dpi=60)
+
+    callback.schedule.plot().savefig("quickstart.png")
     print(f"Test error in %: {error_in_percent(module.net, test):.1f}")
 
 
