@@ -3,7 +3,7 @@
 import lightning as L
 import torch
 from data import digit_loaders, error_in_percent
-from quiet import QUIET
+from quiet import QUIET, silence_lightning
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,11 +35,12 @@ class Net(L.LightningModule):
 
 
 def main() -> None:
-    L.seed_everything(0)
+    silence_lightning()
+    L.seed_everything(0, verbose=False)
     train, validation, test = digit_loaders()
     module = Net()
     callback = RTHO(["lr"])
-    trainer = L.Trainer(max_steps=1000, callbacks=[callback], **QUIET)
+    trainer = L.Trainer(accelerator="cpu", max_steps=1000, callbacks=[callback], **QUIET)
     trainer.fit(module, train, validation)
 
     callback.schedule.plot().savefig("quickstart.png")

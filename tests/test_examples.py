@@ -1,17 +1,22 @@
 """Every script of `examples/`, shortened: it runs, leaves its files and prints its number."""
 
+import importlib
 import json
 import math
 import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
 OPTIONS = {
     "digits": ["--steps", "60"],
     "toy_trajectories": [],
@@ -20,6 +25,18 @@ OPTIONS = {
     "mnist_cnn": ["--data", "mnist.npz", "--seeds", "0", "1", "--quick"],
     "phone": ["--data", "spoken_digits.npz", "--seeds", "0", "--quick"],
 }
+
+FIRST_STEPS = {
+    "quickstart": ({}, 2, 9),  # 4.9; a fixed rate leaves PLAIN
+    "layer_rates": ({"steps": 400}, 2, 20),  #
+    "task_weights": ({"steps": 300}, 0.2, 0.9),  #
+    "example_weights": ({"steps": 500}, 0.7, 1),  # 0.333 by chance
+    "cli": ({}, 2, 20),
+    "replay": ({"steps": 60}, 0, 0),
+    "own_rule": ({}, 0, 1e-6),  # differences of runs in float64, whose own error is below that
+    "manual": ({"steps": 300}, 0.2, 0.9),
+}
+"""Settings of a short run, and between which numbers the one lies that it ends with."""
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +69,7 @@ def run(tmp_path_factory, data):
             done = subprocess.run(
                 [
                     sys.executable,
-                    str(ROOT / "examples" / f"{script}.py"),
+                    str(EXAMPLES / f"{script}.py"),
                     *(str(data / o) if o.endswith(".npz") else o for o in OPTIONS[script]),
                     "--output",
                     str(output),
@@ -69,8 +86,8 @@ def run(tmp_path_factory, data):
     return run_once
 
 
-def last_number(done):
-    return float(done.stdout.splitlines()[-1].rsplit(":", 1)[1])
+def last_number(printed):
+    return float(printed.splitlines()[-1].rsplit(":", 1)[1])
 
 
 def scalars(folder):
@@ -83,8 +100,8 @@ def scalars(folder):
 
 
 def test_every_example_is_run_here():
-    scripts = {p.stem for p in (ROOT / "examples").glob("*.py") if "def main" in p.read_text()}
-    assert scripts == set(OPTIONS)
+    scripts = {p.stem for p in EXAMPLES.glob("*.py") if "def main" in p.read_text()}
+    assert scripts == {*OPTIONS, *FIRST_STEPS}
 
 
 @pytest.mark.parametrize("script", OPTIONS)
@@ -101,7 +118,7 @@ def test_example_draws_its_figure(run, script):
 
 
 def test_toy_beats_the_untuned_run(run):
-    assert 0 < last_number(run("toy_trajectories")[1]) < 0.85  # 0.78 as it stands
+    assert 0 < last_number(run("toy_trajectories")[1].stdout) < 0.85  # 0.78 as it stands
 
 
 def test_digits_prints_a_row_for_each_run(run):
@@ -112,7 +129,7 @@ def test_digits_prints_a_row_for_each_run(run):
 
 
 def test_digits_ends_with_a_ratio_of_errors(run):
-    assert 0 < last_number(run("digits")[1]) < 1.05  # 60 steps are too few to win by much
+    assert 0 < last_number(run("digits")[1].stdout) < 1.05  # 60 steps are too few to win by much
 
 
 @pytest.mark.parametrize("method", ["RTHO", "TRHO"])
@@ -172,3 +189,56 @@ def test_comparison_has_a_row_for_each_method_and_goes_on_where_it_was_stopped(
     assert "1 of" in again.stdout
     assert len(table_of(output, script)) == len(rows)
     assert before.splitlines()[0] == (output / f"{script}.md").read_text().splitlines()[0]
+
+
+# First steps: in this process, which has imported already what they import
+
+
+@pytest.fixture
+def first_steps(tmp_path, monkeypatch):
+    """A folder that scripts write into, and training as outside of tests."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # `seed_everything` sets it: it is taken back
+    torch.set_default_dtype(torch.float32)
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("script", FIRST_STEPS)
+def test_first_step_ends_with_its_number(script, first_steps, monkeypatch, capsys):
+    settings, least, most = FIRST_STEPS[script]
+    config = str(EXAMPLES / "cli.yaml")
+    arguments = ["cli.py", "fit", "--config", config, "--trainer.max_steps", "400"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    importlib.import_module(script).main(**settings)
+    printed = capsys.readouterr().out
+    assert least <= last_number(printed) <= most
+    label = printed.splitlines()[-1].rsplit(":", 1)[0]
+    assert f"{label}: " in (EXAMPLES / "README.md").read_text()
+    for picture in first_steps.glob("*.png"):
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert (EXAMPLES / "images" / picture.name).exists()
+
+
+def test_diff_of_the_readme_makes_the_quickstart_of_a_plain_script(first_steps, capsys):
+    plain = (EXAMPLES / "quickstart.py").read_text()
+    (diff,) = re.findall(r"```diff\n(.*?)```", (EXAMPLES / "README.md").read_text(), re.DOTALL)
+    for hunk in re.split(r"^@@.*\n", diff, flags=re.MULTILINE)[1:]:
+        lines = hunk.splitlines(keepends=True)
+        before, after = ("".join(li[1:] for li in lines if li[0] in kind) for kind in (" -", " +"))
+        assert plain.count(after) == 1
+        plain = plain.replace(after, before)
+    assert "rtho" not in plain.lower()
+    script = first_steps / "plain.py"
+    script.write_text(plain)
+    runpy.run_path(str(script), run_name="__main__")
+    assert last_number(capsys.readouterr().out) > 50  # percent: the rate is 100 times too small
+
+
+def test_readme_of_the_examples_names_every_script_and_shows_every_picture():
+    readme = (EXAMPLES / "README.md").read_text()
+    assert set(re.findall(r"\]\((\w+)\.py\)", readme)) == {*OPTIONS, *FIRST_STEPS}
+    pictures = {path.name for path in (EXAMPLES / "images").iterdir()}
+    assert set(re.findall(r"\]\(images/([\w.]+)\)", readme)) == pictures
+    assert all(path.stat().st_size < 100_000 for path in (EXAMPLES / "images").iterdir())
