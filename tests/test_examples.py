@@ -27,14 +27,14 @@ OPTIONS = {
 }
 
 FIRST_STEPS = {
-    "quickstart": ({}, 2, 9),  # 4.9; a fixed rate leaves PLAIN
-    "layer_rates": ({"steps": 400}, 2, 20),  #
-    "task_weights": ({"steps": 300}, 0.2, 0.9),  #
-    "example_weights": ({"steps": 500}, 0.7, 1),  # 0.333 by chance
-    "cli": ({}, 2, 20),
+    "quickstart": ({}, 2, 9),  # 4.9 %; 53.6 % without the callback
+    "layer_rates": ({"steps": 400}, 2, 15),  # 8.4 %
+    "task_weights": ({"steps": 300}, 0.4, 0.9),  # 0.67; 1 if tuning gained nothing
+    "example_weights": ({"steps": 500}, 0.8, 1),  # 0.91; 0.33 by chance
+    "cli": ({}, 2, 20),  # 13.1 %
     "replay": ({"steps": 60}, 0, 0),
-    "own_rule": ({}, 0, 1e-6),  # differences of runs in float64, whose own error is below that
-    "manual": ({"steps": 300}, 0.2, 0.9),
+    "own_rule": ({}, 0, 1e-6),  # the differences' own error is below 1e-9
+    "manual": ({"steps": 300}, 0.4, 0.85),  # 0.63; 1 if tuning gained nothing
 }
 """Settings of a short run, and between which numbers the one lies that it ends with."""
 
@@ -204,7 +204,7 @@ def first_steps(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("script", FIRST_STEPS)
 def test_first_step_ends_with_its_number(script, first_steps, monkeypatch, capsys):
     settings, least, most = FIRST_STEPS[script]
@@ -233,7 +233,7 @@ def test_diff_of_the_readme_makes_the_quickstart_of_a_plain_script(first_steps, 
     script = first_steps / "plain.py"
     script.write_text(plain)
     runpy.run_path(str(script), run_name="__main__")
-    assert last_number(capsys.readouterr().out) > 50  # percent: the rate is 100 times too small
+    assert last_number(capsys.readouterr().out) > 40  # percent: the rate is 100 times too small
 
 
 def test_readme_of_the_examples_names_every_script_and_shows_every_picture():
