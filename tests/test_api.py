@@ -157,6 +157,24 @@ def test_package_imports_without_what_only_the_examples_need() -> None:
     assert int(result.stdout.split()[-1]) == len(lightning_rtho.__all__)
 
 
+def test_package_brings_in_nothing_heavy_that_lightning_has_not() -> None:
+    program = (
+        "import sys, lightning.pytorch\n"
+        "before = set(sys.modules)\n"
+        "import lightning_rtho\n"
+        "print(*(set(sys.modules) - before))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT.parent
+    )
+    assert result.returncode == 0, result.stderr
+    brought = result.stdout.split()
+    roots = {name.split(".")[0] for name in brought}
+    assert roots - sys.stdlib_module_names <= {"lightning_rtho", "torch"}
+    compilers = ("torch._dynamo", "torch._inductor", "torch._functorch._aot_autograd")
+    assert not [name for name in brought if name.startswith(compilers)]
+
+
 def test_torch_distributed_is_known_to_one_module_alone() -> None:
     users = [
         path
