@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
+from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_rtho.callbacks._checks import (
@@ -21,7 +22,8 @@ from lightning_rtho.callbacks._checks import (
     refusals_explained,
 )
 from lightning_rtho.callbacks._coupling import decoupled_coordinates
-from lightning_rtho.callbacks._objective import ValidationObjective, check_validation_step
+from lightning_rtho.callbacks._metric import MetricObjective
+from lightning_rtho.callbacks._objective import ValidationObjective, check_outer_steps
 from lightning_rtho.callbacks._random import read_random_state, write_random_state
 from lightning_rtho.callbacks._run import FollowedRun, schedulers_of
 from lightning_rtho.callbacks._safeguard import Safeguard
@@ -46,6 +48,7 @@ class HypergradientCallback(Callback):
         outer_optimizer: OuterOptimizerCallable | None,
         dataloader: Iterable[Any] | None,
         outer_batches: int,
+        objective: Metric | None,
         start_step: int,
         stop_step: int | None,
         safeguard: bool,
@@ -75,6 +78,7 @@ class HypergradientCallback(Callback):
         self._outer_optimizer = outer_optimizer
         self._dataloader = dataloader
         self._outer_batches = outer_batches
+        self._metric = None if objective is None else MetricObjective(objective)
         self._tuned: dict[str, Hyperparameter] = {}
         self._run: FollowedRun | None = None
         self._objective: ValidationObjective | None = None
@@ -101,6 +105,11 @@ class HypergradientCallback(Callback):
         """Last dE/dlambda with respect to natural values, by name, each ``[*H]``."""
         return dict(self.schedule[-1].hypergradients) if self.schedule else {}
 
+    @property
+    def _sign(self) -> int:
+        """What turns the minimized E into what is written down: -1 for a metric M = -E, else 1."""
+        return 1 if self._metric is None else self._metric.sign
+
     # Before training
 
     @override
@@ -114,7 +123,7 @@ class HypergradientCallback(Callback):
                     "them tune all hyperparameters."
                 )
             check_settings(trainer, pl_module)
-            check_validation_step(pl_module)
+            check_outer_steps(pl_module, self._metric)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -145,7 +154,7 @@ class HypergradientCallback(Callback):
         )
         self._next_update = self.hyper_batch_size
         self._objective = ValidationObjective(
-            trainer, pl_module, self._dataloader, self._outer_batches
+            trainer, pl_module, self._dataloader, self._outer_batches, self._metric
         )
         self._run = FollowedRun(
             trainer, pl_module, optimizers, self._tuned, self._make_hypergradient
@@ -157,7 +166,12 @@ class HypergradientCallback(Callback):
             )
             if self.safeguard:
                 self._safeguard = Safeguard(
-                    pl_module, self._run.method, optimizers, hypers, self._descent
+                    pl_module,
+                    self._run.method,
+                    optimizers,
+                    hypers,
+                    self._descent,
+                    judges_objective=self._sign > 0,
                 )
         if self._resumed is not None:
             self._take_back_run(self._resumed)
@@ -285,7 +299,9 @@ class HypergradientCallback(Callback):
         if self._descent is not None:
             for optimizer in _differentiable(trainer):
                 optimizer.write_hyperparameters()
-        parts = hypergradient.split([hyper.numel() for hyper in self._tuned.values()])
+        parts = (self._sign * hypergradient).split([
+            hyper.numel() for hyper in self._tuned.values()
+        ])
         restored = self._safeguard if action == "restored" else None
         update = OuterUpdate(
             step=trainer.global_step,
@@ -294,7 +310,7 @@ class HypergradientCallback(Callback):
                 name: part.reshape(hyper.shape)
                 for (name, hyper), part in zip(self._tuned.items(), parts, strict=True)
             },
-            outer_objective=value,
+            outer_objective=self._sign * value,
             sensitivity=sensitivity,
             safeguard=action,
             restored_step=None if restored is None else restored.best_step,

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
+from torchmetrics import Metric
 
 from lightning_rtho.callbacks._base import HypergradientCallback
 from lightning_rtho.callbacks._selection import Selection
@@ -34,7 +35,14 @@ class RTHO(HypergradientCallback):
             hypergradients are computed and logged, nothing is moved, and training is bitwise what
             it is without the callback.
         dataloader: Data of the outer objective; None takes the trainer's validation loader.
-        outer_batches: Validation batches averaged over in one evaluation.
+        outer_batches: Validation batches in one evaluation: a loss is averaged over them, a metric
+            taken of all together.
+        objective: A differentiable torchmetrics metric to take as the outer objective, minimized
+            or maximized as its ``higher_is_better`` says; value and hypergradients are shown as its
+            own. Its predictions and targets are the pair that the module's
+            ``outer_step(batch, batch_idx)`` returns; without one, ``module(inputs)`` and the
+            targets of batches ``(inputs, targets)``. None takes the loss that ``outer_step`` or
+            ``validation_step`` returns.
         discount: Weight of the history in Z; 1 is exact, 0 looks one step back.
         start_step: Optimizer step from which on the run is followed, with Z = 0.
         stop_step: Optimizer step from which on it is not followed any more; None for never.
@@ -43,10 +51,12 @@ class RTHO(HypergradientCallback):
             rate: one whose outer objective is 5 % above its start or not finite, or whose weights
             have moved more than twice their length from the best state without a gain of 20 % for
             every two lengths. That state is one more copy of the training state, also in
-            checkpoints.
+            checkpoints. With an `objective` to be maximized, whose size says nothing of how far
+            it has fallen, no run goes back.
 
     Raises:
-        ValueError: If a count is too small or `discount` is not in [0, 1].
+        ValueError: If a count is too small, `discount` is not in [0, 1], or `objective` is not
+            differentiable.
         TypeError: If an argument is of the wrong kind.
 
     Example:
@@ -66,6 +76,7 @@ class RTHO(HypergradientCallback):
         outer_optimizer: OuterOptimizerCallable | None = adam,
         dataloader: Iterable[Any] | None = None,
         outer_batches: int = 1,
+        objective: Metric | None = None,
         discount: float = 1.0,
         start_step: int = 0,
         stop_step: int | None = None,
@@ -77,6 +88,7 @@ class RTHO(HypergradientCallback):
             outer_optimizer=outer_optimizer,
             dataloader=dataloader,
             outer_batches=outer_batches,
+            objective=objective,
             start_step=start_step,
             stop_step=stop_step,
             safeguard=safeguard,

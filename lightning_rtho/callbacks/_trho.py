@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_rtho.callbacks._base import HypergradientCallback
@@ -39,6 +40,7 @@ class TRHO(HypergradientCallback):
         outer_optimizer: As `RTHO`.
         dataloader: As `RTHO`.
         outer_batches: As `RTHO`.
+        objective: As `RTHO`.
         tape: What is kept of a step: ``Recompute()``, ``KeepGraph()`` or ``Offload("cpu")``; None
             is ``Recompute()``.
         start_step: As `RTHO`.
@@ -46,7 +48,7 @@ class TRHO(HypergradientCallback):
         safeguard: As `RTHO`, but a chaotic run is not recognized by its sensitivity.
 
     Raises:
-        ValueError: If a count is too small.
+        ValueError: If a count is too small, or `objective` is not differentiable.
         TypeError: If an argument is of the wrong kind.
 
     Example:
@@ -66,6 +68,7 @@ class TRHO(HypergradientCallback):
         outer_optimizer: OuterOptimizerCallable | None = adam,
         dataloader: Iterable[Any] | None = None,
         outer_batches: int = 1,
+        objective: Metric | None = None,
         tape: Tape | None = None,
         start_step: int = 0,
         stop_step: int | None = None,
@@ -77,6 +80,7 @@ class TRHO(HypergradientCallback):
             outer_optimizer=outer_optimizer,
             dataloader=dataloader,
             outer_batches=outer_batches,
+            objective=objective,
             start_step=start_step,
             stop_step=stop_step,
             safeguard=safeguard,
