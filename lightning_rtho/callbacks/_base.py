@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import Metric
@@ -28,6 +28,7 @@ from lightning_rtho.callbacks._random import read_random_state, write_random_sta
 from lightning_rtho.callbacks._run import FollowedRun, schedulers_of
 from lightning_rtho.callbacks._safeguard import Safeguard
 from lightning_rtho.callbacks._selection import Selection, select_hyperparameters
+from lightning_rtho.callbacks._summary import Plan, summary_of
 from lightning_rtho.hypergradient import AbstractHypergradient, Fault, OuterGradient
 from lightning_rtho.hyperparameters import Hyperparameter
 from lightning_rtho.optim import DifferentiableOptimizer
@@ -52,6 +53,7 @@ class HypergradientCallback(Callback):
         start_step: int,
         stop_step: int | None,
         safeguard: bool,
+        summary: bool,
     ) -> None:
         _check_count("hyper_batch_size", hyper_batch_size, 1, "optimizer steps between updates")
         _check_count("outer_batches", outer_batches, 1, "validation batches in one evaluation")
@@ -73,6 +75,7 @@ class HypergradientCallback(Callback):
         self.start_step = start_step
         self.stop_step = stop_step
         self.safeguard = safeguard
+        self.summary = summary
         self.schedule = Schedule()
         self._selection = hyperparameters
         self._outer_optimizer = outer_optimizer
@@ -94,6 +97,10 @@ class HypergradientCallback(Callback):
         self, params: Sequence[Tensor], hypers: Sequence[Tensor]
     ) -> AbstractHypergradient:
         """Make the method that follows the run."""
+
+    @abstractmethod
+    def _plans(self, entries: int) -> tuple[Plan, Plan | None]:
+        """Return what this method costs for so many hyperparameter entries, and what the other."""
 
     @property
     def hyperparameters(self) -> dict[str, Tensor]:
@@ -177,6 +184,20 @@ class HypergradientCallback(Callback):
             self._take_back_run(self._resumed)
         self._resumed = None
         self._objective(self._run.method.params, self._run.method.hypers, peek=True)
+        if self.summary:
+            self._print_summary(trainer, pl_module)
+
+    def _print_summary(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print what is tuned, how, and what it will cost."""
+        plan, other = self._plans(sum(hyper.numel() for hyper in self._tuned.values()))
+        text = summary_of(
+            self._tuned,
+            _differentiable(trainer),
+            plan,
+            keeps_best=self.safeguard and self._outer_optimizer is not None and self._sign > 0,
+            other=other if pl_module.automatic_optimization else None,
+        )
+        rank_zero_info(f"\n{text}")
 
     # During training
 

@@ -5,10 +5,17 @@ from typing import Any
 
 from torch import Tensor
 from torchmetrics import Metric
+from typing_extensions import override
 
 from lightning_rtho.callbacks._base import HypergradientCallback
 from lightning_rtho.callbacks._selection import Selection
-from lightning_rtho.hypergradient import AbstractHypergradient, ForwardHypergradient
+from lightning_rtho.callbacks._summary import Plan
+from lightning_rtho.hypergradient import (
+    AbstractHypergradient,
+    ForwardHypergradient,
+    forward_cost,
+    reverse_cost,
+)
 from lightning_rtho.outer import OuterOptimizerCallable, adam
 
 __all__ = ["RTHO"]
@@ -53,6 +60,8 @@ class RTHO(HypergradientCallback):
             every two lengths. That state is one more copy of the training state, also in
             checkpoints. With an `objective` to be maximized, whose size says nothing of how far
             it has fallen, no run goes back.
+        summary: Whether to print before the run what is tuned, where it acts, and what that will
+            cost in time and memory.
 
     Raises:
         ValueError: If a count is too small, `discount` is not in [0, 1], or `objective` is not
@@ -81,6 +90,7 @@ class RTHO(HypergradientCallback):
         start_step: int = 0,
         stop_step: int | None = None,
         safeguard: bool = True,
+        summary: bool = True,
     ) -> None:
         super().__init__(
             hyperparameters,
@@ -92,6 +102,7 @@ class RTHO(HypergradientCallback):
             start_step=start_step,
             stop_step=stop_step,
             safeguard=safeguard,
+            summary=summary,
         )
         if not 0 <= discount <= 1:
             raise ValueError(
@@ -99,7 +110,17 @@ class RTHO(HypergradientCallback):
             )
         self.discount = discount
 
+    @override
     def _make_hypergradient(
         self, params: Sequence[Tensor], hypers: Sequence[Tensor]
     ) -> AbstractHypergradient:
         return ForwardHypergradient(params, hypers, self.discount)
+
+    @override
+    def _plans(self, entries: int) -> tuple[Plan, Plan]:
+        window = self.hyper_batch_size
+        arguments = f"hyper_batch_size={window}"
+        return (
+            Plan(f"RTHO({arguments})", forward_cost(entries), "the whole run"),
+            Plan(f"TRHO({arguments})", reverse_cost(window, recomputes=True), "its hyper-batch"),
+        )

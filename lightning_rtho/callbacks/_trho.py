@@ -12,11 +12,15 @@ from typing_extensions import override
 
 from lightning_rtho.callbacks._base import HypergradientCallback
 from lightning_rtho.callbacks._selection import Selection
+from lightning_rtho.callbacks._summary import Plan
 from lightning_rtho.hypergradient import (
     AbstractHypergradient,
+    Offload,
     Recompute,
     ReverseHypergradient,
     Tape,
+    forward_cost,
+    reverse_cost,
 )
 from lightning_rtho.outer import OuterOptimizerCallable, adam
 
@@ -46,6 +50,7 @@ class TRHO(HypergradientCallback):
         start_step: As `RTHO`.
         stop_step: As `RTHO`.
         safeguard: As `RTHO`, but a chaotic run is not recognized by its sensitivity.
+        summary: As `RTHO`.
 
     Raises:
         ValueError: If a count is too small, or `objective` is not differentiable.
@@ -73,6 +78,7 @@ class TRHO(HypergradientCallback):
         start_step: int = 0,
         stop_step: int | None = None,
         safeguard: bool = True,
+        summary: bool = True,
     ) -> None:
         super().__init__(
             hyperparameters,
@@ -84,6 +90,7 @@ class TRHO(HypergradientCallback):
             start_step=start_step,
             stop_step=stop_step,
             safeguard=safeguard,
+            summary=summary,
         )
         if tape is not None and not isinstance(tape, Tape):
             raise TypeError(
@@ -102,7 +109,20 @@ class TRHO(HypergradientCallback):
             )
         super().setup(trainer, pl_module, stage)
 
+    @override
     def _make_hypergradient(
         self, params: Sequence[Tensor], hypers: Sequence[Tensor]
     ) -> AbstractHypergradient:
         return ReverseHypergradient(params, hypers, copy.deepcopy(self.tape))
+
+    @override
+    def _plans(self, entries: int) -> tuple[Plan, Plan]:
+        window, tape = self.hyper_batch_size, self.tape
+        arguments = f"hyper_batch_size={window}"
+        name = f"TRHO({arguments}, tape={type(tape).__name__})"
+        cost = reverse_cost(window, recomputes=tape.needs_replay)
+        place = str(tape.device) if isinstance(tape, Offload) else ""
+        return (
+            Plan(name, cost, "its hyper-batch", place),
+            Plan(f"RTHO({arguments})", forward_cost(entries), "the whole run"),
+        )

@@ -26,6 +26,7 @@ EVERYTHING = {
     "objective": {"class_path": "torchmetrics.MeanSquaredError"},
     "start_step": 5,
     "stop_step": 15,
+    "summary": False,
 }
 
 
