@@ -3,8 +3,8 @@
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -22,6 +22,7 @@ from lightning_rtho.callbacks._checks import (
     refusals_explained,
 )
 from lightning_rtho.callbacks._coupling import decoupled_coordinates
+from lightning_rtho.callbacks._diagnostics import Diagnostic, Diagnostics
 from lightning_rtho.callbacks._metric import MetricObjective
 from lightning_rtho.callbacks._objective import ValidationObjective, check_outer_steps
 from lightning_rtho.callbacks._random import read_random_state, write_random_state
@@ -41,6 +42,8 @@ __all__ = ["HypergradientCallback"]
 class HypergradientCallback(Callback):
     """What `RTHO` and `TRHO` share: following a fit and moving hyperparameters along it."""
 
+    _known_diagnostics: ClassVar[tuple[Diagnostic, ...]]
+
     def __init__(
         self,
         hyperparameters: Selection,
@@ -54,6 +57,7 @@ class HypergradientCallback(Callback):
         stop_step: int | None,
         safeguard: bool,
         summary: bool,
+        diagnostics: Sequence[Diagnostic],
     ) -> None:
         _check_count("hyper_batch_size", hyper_batch_size, 1, "optimizer steps between updates")
         _check_count("outer_batches", outer_batches, 1, "validation batches in one evaluation")
@@ -76,6 +80,7 @@ class HypergradientCallback(Callback):
         self.stop_step = stop_step
         self.safeguard = safeguard
         self.summary = summary
+        self._diagnostics = Diagnostics(diagnostics, self._known_diagnostics, type(self).__name__)
         self.schedule = Schedule()
         self._selection = hyperparameters
         self._outer_optimizer = outer_optimizer
@@ -186,6 +191,7 @@ class HypergradientCallback(Callback):
         self._objective(self._run.method.params, self._run.method.hypers, peek=True)
         if self.summary:
             self._print_summary(trainer, pl_module)
+        self._diagnostics.start(trainer)
 
     def _print_summary(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print what is tuned, how, and what it will cost."""
@@ -297,6 +303,8 @@ class HypergradientCallback(Callback):
         with refusals_explained():
             hypergradient = method.hypergradient(outer)
         sensitivity = method.sensitivity(relative_slopes(list(self._tuned.values())))
+        if self._diagnostics:
+            self._diagnose(trainer, hypergradient)
         if safeguard is not None and outer.is_finite() and safeguard.calms(sensitivity):
             self._write_down(trainer, value, hypergradient, sensitivity, "lowered")
             return
@@ -320,17 +328,11 @@ class HypergradientCallback(Callback):
         if self._descent is not None:
             for optimizer in _differentiable(trainer):
                 optimizer.write_hyperparameters()
-        parts = (self._sign * hypergradient).split([
-            hyper.numel() for hyper in self._tuned.values()
-        ])
         restored = self._safeguard if action == "restored" else None
         update = OuterUpdate(
             step=trainer.global_step,
             values=self.hyperparameters,
-            hypergradients={
-                name: part.reshape(hyper.shape)
-                for (name, hyper), part in zip(self._tuned.items(), parts, strict=True)
-            },
+            hypergradients=self._natural(hypergradient),
             outer_objective=self._sign * value,
             sensitivity=sensitivity,
             safeguard=action,
@@ -340,8 +342,25 @@ class HypergradientCallback(Callback):
         metrics = _metrics(update)
         if action is not None and self._safeguard is not None:
             metrics[f"safeguard/{action}"] = self._safeguard.counts[action]
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
+        _log(trainer, metrics)
+
+    def _natural(self, hypergradient: Tensor) -> dict[str, Tensor]:
+        """Turn dE/dlambda ``[m]`` into what is written down, by name, each ``[*H]``."""
+        parts = (self._sign * hypergradient).split([h.numel() for h in self._tuned.values()])
+        return {
+            name: part.reshape(hyper.shape)
+            for (name, hyper), part in zip(self._tuned.items(), parts, strict=True)
+        }
+
+    def _diagnose(self, trainer: Trainer, hypergradient: Tensor) -> None:
+        """Log what else is asked for of an update, before anything is moved or forgotten."""
+        assert self._run is not None
+        tangents = dict(
+            zip(self._run.parameter_names, self._run.method.weight_tangents(), strict=True)
+        )
+        hypergradients = self._natural(hypergradient)
+        _log(trainer, self._diagnostics.scalars(hypergradients, self.hypergradients, tangents))
+        self._diagnostics.write_histograms(trainer, hypergradients, tangents)
 
     def _is_frozen(
         self,
@@ -371,10 +390,7 @@ class HypergradientCallback(Callback):
             )
         self._nonfinite_steps += len(faults)
         if faults:
-            for logger in trainer.loggers:
-                logger.log_metrics(
-                    {"nonfinite_steps": self._nonfinite_steps}, step=trainer.global_step
-                )
+            _log(trainer, {"nonfinite_steps": self._nonfinite_steps})
         return frozen
 
     def _show(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -489,7 +505,19 @@ def _metrics(update: OuterUpdate) -> dict[str, float]:
         ("hypergradient", update.hypergradients),
     ):
         metrics |= {f"{kind}/{name}": value.mean().item() for name, value in values.items()}
+    return _known(metrics)
+
+
+def _known(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Leave out what is not known."""
     return {name: value for name, value in metrics.items() if not math.isnan(value)}
+
+
+def _log(trainer: Trainer, metrics: Mapping[str, float]) -> None:
+    """Hand what is known to every logger, at the present step."""
+    known = _known(metrics)
+    for logger in trainer.loggers if known else []:
+        logger.log_metrics(known, step=trainer.global_step)
 
 
 def _check_count(argument: str, value: int, least: int, meaning: str) -> None:

@@ -8,6 +8,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_rtho.callbacks._base import HypergradientCallback
+from lightning_rtho.callbacks._diagnostics import Diagnostic
 from lightning_rtho.callbacks._selection import Selection
 from lightning_rtho.callbacks._summary import Plan
 from lightning_rtho.hypergradient import (
@@ -62,10 +63,14 @@ class RTHO(HypergradientCallback):
             it has fallen, no run goes back.
         summary: Whether to print before the run what is tuned, where it acts, and what that will
             cost in time and memory.
+        diagnostics: What to log beside at every outer update: ``"hypergradient_cosine"``, between
+            this hypergradient and the last, all hyperparameters as one vector of natural
+            derivatives; ``"tangent_norm"``, ||dw/dlambda|| of each; ``"tangent_histogram"``, the
+            entries of dw/dlambda in each layer, where a logger takes histograms.
 
     Raises:
-        ValueError: If a count is too small, `discount` is not in [0, 1], or `objective` is not
-            differentiable.
+        ValueError: If a count is too small, `discount` is not in [0, 1], `objective` is not
+            differentiable, or a diagnostic is not known.
         TypeError: If an argument is of the wrong kind.
 
     Example:
@@ -76,6 +81,8 @@ class RTHO(HypergradientCallback):
         Franceschi, Donini, Frasconi, Pontil: Forward and Reverse Gradient-Based Hyperparameter
         Optimization (ICML 2017).
     """
+
+    _known_diagnostics = ("hypergradient_cosine", "tangent_histogram", "tangent_norm")
 
     def __init__(
         self,
@@ -91,6 +98,7 @@ class RTHO(HypergradientCallback):
         stop_step: int | None = None,
         safeguard: bool = True,
         summary: bool = True,
+        diagnostics: Sequence[Diagnostic] = (),
     ) -> None:
         super().__init__(
             hyperparameters,
@@ -103,6 +111,7 @@ class RTHO(HypergradientCallback):
             stop_step=stop_step,
             safeguard=safeguard,
             summary=summary,
+            diagnostics=diagnostics,
         )
         if not 0 <= discount <= 1:
             raise ValueError(

@@ -11,6 +11,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_rtho.callbacks._base import HypergradientCallback
+from lightning_rtho.callbacks._diagnostics import Diagnostic
 from lightning_rtho.callbacks._selection import Selection
 from lightning_rtho.callbacks._summary import Plan
 from lightning_rtho.hypergradient import (
@@ -51,9 +52,11 @@ class TRHO(HypergradientCallback):
         stop_step: As `RTHO`.
         safeguard: As `RTHO`, but a chaotic run is not recognized by its sensitivity.
         summary: As `RTHO`.
+        diagnostics: As `RTHO`, but ``"hypergradient_cosine"`` alone.
 
     Raises:
-        ValueError: If a count is too small, or `objective` is not differentiable.
+        ValueError: If a count is too small, `objective` is not differentiable, or a diagnostic is
+            not known.
         TypeError: If an argument is of the wrong kind.
 
     Example:
@@ -64,6 +67,8 @@ class TRHO(HypergradientCallback):
         Franceschi, Donini, Frasconi, Pontil: Forward and Reverse Gradient-Based Hyperparameter
         Optimization (ICML 2017).
     """
+
+    _known_diagnostics = ("hypergradient_cosine",)
 
     def __init__(
         self,
@@ -79,6 +84,7 @@ class TRHO(HypergradientCallback):
         stop_step: int | None = None,
         safeguard: bool = True,
         summary: bool = True,
+        diagnostics: Sequence[Diagnostic] = (),
     ) -> None:
         super().__init__(
             hyperparameters,
@@ -91,6 +97,7 @@ class TRHO(HypergradientCallback):
             stop_step=stop_step,
             safeguard=safeguard,
             summary=summary,
+            diagnostics=diagnostics,
         )
         if tape is not None and not isinstance(tape, Tape):
             raise TypeError(

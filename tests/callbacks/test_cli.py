@@ -27,6 +27,7 @@ EVERYTHING = {
     "start_step": 5,
     "stop_step": 15,
     "summary": False,
+    "diagnostics": ["hypergradient_cosine"],
 }
 
 
