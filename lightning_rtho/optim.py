@@ -113,6 +113,25 @@ class DifferentiableOptimizer(Optimizer):
         """All parameters, in the order of the groups, each ``[*P]``."""
         return [param for group in self.param_groups for param in group["params"]]
 
+    def state_size(self) -> int:
+        """Return how many bytes the trained weights and their state take after an update."""
+        cpu, size = torch.device("cpu"), 0
+        for number, group in enumerate(self.param_groups):
+            tuned = {site.setting for site in self._sites if site.group == number}
+            rule = self.rule_class.from_group(group, tuned)
+            hyper = read_hypers(self.rule_class, group, cpu)
+            for param in (p for p in group["params"] if p.requires_grad):
+                # Rules are elementwise: one weight tells what is kept of all.
+                state = {
+                    name: (value.flatten()[:1] if value.dim() else value).to(cpu)
+                    for name, value in read_state(self.rule_class, self.optimizer, param).items()
+                }
+                kept = rule(state, torch.zeros_like(state["param"]), hyper).values()
+                size += sum(
+                    value.element_size() * (param.numel() if value.dim() else 1) for value in kept
+                )
+        return size
+
     def write_hyperparameters(self) -> None:
         """Write the present value of every hyperparameter to where it acts in the groups.
 

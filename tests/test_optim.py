@@ -13,6 +13,7 @@ from torch.optim.optimizer import (
 )
 
 from lightning_rtho import DifferentiableOptimizer, Hyperparameter, Interval, NonNegative, Positive
+from lightning_rtho.dynamics import read_state
 from lightning_rtho.linearization import step_jvp
 from tests.dynamics.cases import CASES, START, Case, gradient, train
 
@@ -221,6 +222,20 @@ def test_transitions_name_only_the_hyperparameters_that_are_asked_for() -> None:
     assert columns == [{"weight_decay": 0, "lr": 1}, {"weight_decay": 0}]
     assert [t.columns for t in optimizer.transitions({id(own): 0})] == [{"lr": 0}, {}]
     assert [t.columns for t in optimizer.transitions({})] == [{}, {}]
+
+
+@each_case
+def test_state_size_is_foretold_before_the_first_step(case: Case) -> None:
+    weights = _weights()
+    optimizer = DifferentiableOptimizer(case.optimizer(*weights))
+    foretold = optimizer.state_size()
+    _set_gradients(weights, 0)
+    optimizer.step()
+    states = [read_state(optimizer.rule_class, optimizer.optimizer, w).values() for w in weights]
+    kept = [value for state in states for value in state]
+    # Counts of steps are float32 or float64.
+    slack = 8 * sum(value.dim() == 0 for value in kept)
+    assert abs(foretold - sum(value.nbytes for value in kept)) <= slack
 
 
 # Refusals

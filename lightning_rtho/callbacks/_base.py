@@ -3,15 +3,16 @@
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
+from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_rtho.callbacks._checks import (
@@ -21,11 +22,14 @@ from lightning_rtho.callbacks._checks import (
     refusals_explained,
 )
 from lightning_rtho.callbacks._coupling import decoupled_coordinates
-from lightning_rtho.callbacks._objective import ValidationObjective, check_validation_step
+from lightning_rtho.callbacks._diagnostics import Diagnostic, Diagnostics
+from lightning_rtho.callbacks._metric import MetricObjective
+from lightning_rtho.callbacks._objective import ValidationObjective, check_outer_steps
 from lightning_rtho.callbacks._random import read_random_state, write_random_state
 from lightning_rtho.callbacks._run import FollowedRun, schedulers_of
 from lightning_rtho.callbacks._safeguard import Safeguard
 from lightning_rtho.callbacks._selection import Selection, select_hyperparameters
+from lightning_rtho.callbacks._summary import Plan, summary_of
 from lightning_rtho.hypergradient import AbstractHypergradient, Fault, OuterGradient
 from lightning_rtho.hyperparameters import Hyperparameter
 from lightning_rtho.optim import DifferentiableOptimizer
@@ -38,6 +42,8 @@ __all__ = ["HypergradientCallback"]
 class HypergradientCallback(Callback):
     """What `RTHO` and `TRHO` share: following a fit and moving hyperparameters along it."""
 
+    _known_diagnostics: ClassVar[tuple[Diagnostic, ...]]
+
     def __init__(
         self,
         hyperparameters: Selection,
@@ -46,9 +52,12 @@ class HypergradientCallback(Callback):
         outer_optimizer: OuterOptimizerCallable | None,
         dataloader: Iterable[Any] | None,
         outer_batches: int,
+        objective: Metric | None,
         start_step: int,
         stop_step: int | None,
         safeguard: bool,
+        summary: bool,
+        diagnostics: Sequence[Diagnostic],
     ) -> None:
         _check_count("hyper_batch_size", hyper_batch_size, 1, "optimizer steps between updates")
         _check_count("outer_batches", outer_batches, 1, "validation batches in one evaluation")
@@ -70,11 +79,14 @@ class HypergradientCallback(Callback):
         self.start_step = start_step
         self.stop_step = stop_step
         self.safeguard = safeguard
+        self.summary = summary
+        self._diagnostics = Diagnostics(diagnostics, self._known_diagnostics, type(self).__name__)
         self.schedule = Schedule()
         self._selection = hyperparameters
         self._outer_optimizer = outer_optimizer
         self._dataloader = dataloader
         self._outer_batches = outer_batches
+        self._metric = None if objective is None else MetricObjective(objective)
         self._tuned: dict[str, Hyperparameter] = {}
         self._run: FollowedRun | None = None
         self._objective: ValidationObjective | None = None
@@ -91,6 +103,10 @@ class HypergradientCallback(Callback):
     ) -> AbstractHypergradient:
         """Make the method that follows the run."""
 
+    @abstractmethod
+    def _plans(self, entries: int) -> tuple[Plan, Plan | None]:
+        """Return what this method costs for so many hyperparameter entries, and what the other."""
+
     @property
     def hyperparameters(self) -> dict[str, Tensor]:
         """Present natural values by name, each ``[*H]``; empty before ``fit``."""
@@ -100,6 +116,11 @@ class HypergradientCallback(Callback):
     def hypergradients(self) -> dict[str, Tensor]:
         """Last dE/dlambda with respect to natural values, by name, each ``[*H]``."""
         return dict(self.schedule[-1].hypergradients) if self.schedule else {}
+
+    @property
+    def _sign(self) -> int:
+        """What turns the minimized E into what is written down: -1 for a metric M = -E, else 1."""
+        return 1 if self._metric is None else self._metric.sign
 
     # Before training
 
@@ -114,7 +135,7 @@ class HypergradientCallback(Callback):
                     "them tune all hyperparameters."
                 )
             check_settings(trainer, pl_module)
-            check_validation_step(pl_module)
+            check_outer_steps(pl_module, self._metric)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -145,7 +166,7 @@ class HypergradientCallback(Callback):
         )
         self._next_update = self.hyper_batch_size
         self._objective = ValidationObjective(
-            trainer, pl_module, self._dataloader, self._outer_batches
+            trainer, pl_module, self._dataloader, self._outer_batches, self._metric
         )
         self._run = FollowedRun(
             trainer, pl_module, optimizers, self._tuned, self._make_hypergradient
@@ -157,12 +178,32 @@ class HypergradientCallback(Callback):
             )
             if self.safeguard:
                 self._safeguard = Safeguard(
-                    pl_module, self._run.method, optimizers, hypers, self._descent
+                    pl_module,
+                    self._run.method,
+                    optimizers,
+                    hypers,
+                    self._descent,
+                    judges_objective=self._sign > 0,
                 )
         if self._resumed is not None:
             self._take_back_run(self._resumed)
         self._resumed = None
         self._objective(self._run.method.params, self._run.method.hypers, peek=True)
+        if self.summary:
+            self._print_summary(trainer, pl_module)
+        self._diagnostics.start(trainer)
+
+    def _print_summary(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print what is tuned, how, and what it will cost."""
+        plan, other = self._plans(sum(hyper.numel() for hyper in self._tuned.values()))
+        text = summary_of(
+            self._tuned,
+            _differentiable(trainer),
+            plan,
+            keeps_best=self.safeguard and self._outer_optimizer is not None and self._sign > 0,
+            other=other if pl_module.automatic_optimization else None,
+        )
+        rank_zero_info(f"\n{text}")
 
     # During training
 
@@ -262,6 +303,8 @@ class HypergradientCallback(Callback):
         with refusals_explained():
             hypergradient = method.hypergradient(outer)
         sensitivity = method.sensitivity(relative_slopes(list(self._tuned.values())))
+        if self._diagnostics:
+            self._diagnose(trainer, hypergradient)
         if safeguard is not None and outer.is_finite() and safeguard.calms(sensitivity):
             self._write_down(trainer, value, hypergradient, sensitivity, "lowered")
             return
@@ -285,16 +328,12 @@ class HypergradientCallback(Callback):
         if self._descent is not None:
             for optimizer in _differentiable(trainer):
                 optimizer.write_hyperparameters()
-        parts = hypergradient.split([hyper.numel() for hyper in self._tuned.values()])
         restored = self._safeguard if action == "restored" else None
         update = OuterUpdate(
             step=trainer.global_step,
             values=self.hyperparameters,
-            hypergradients={
-                name: part.reshape(hyper.shape)
-                for (name, hyper), part in zip(self._tuned.items(), parts, strict=True)
-            },
-            outer_objective=value,
+            hypergradients=self._natural(hypergradient),
+            outer_objective=self._sign * value,
             sensitivity=sensitivity,
             safeguard=action,
             restored_step=None if restored is None else restored.best_step,
@@ -303,8 +342,25 @@ class HypergradientCallback(Callback):
         metrics = _metrics(update)
         if action is not None and self._safeguard is not None:
             metrics[f"safeguard/{action}"] = self._safeguard.counts[action]
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
+        _log(trainer, metrics)
+
+    def _natural(self, hypergradient: Tensor) -> dict[str, Tensor]:
+        """Turn dE/dlambda ``[m]`` into what is written down, by name, each ``[*H]``."""
+        parts = (self._sign * hypergradient).split([h.numel() for h in self._tuned.values()])
+        return {
+            name: part.reshape(hyper.shape)
+            for (name, hyper), part in zip(self._tuned.items(), parts, strict=True)
+        }
+
+    def _diagnose(self, trainer: Trainer, hypergradient: Tensor) -> None:
+        """Log what else is asked for of an update, before anything is moved or forgotten."""
+        assert self._run is not None
+        tangents = dict(
+            zip(self._run.parameter_names, self._run.method.weight_tangents(), strict=True)
+        )
+        hypergradients = self._natural(hypergradient)
+        _log(trainer, self._diagnostics.scalars(hypergradients, self.hypergradients, tangents))
+        self._diagnostics.write_histograms(trainer, hypergradients, tangents)
 
     def _is_frozen(
         self,
@@ -334,10 +390,7 @@ class HypergradientCallback(Callback):
             )
         self._nonfinite_steps += len(faults)
         if faults:
-            for logger in trainer.loggers:
-                logger.log_metrics(
-                    {"nonfinite_steps": self._nonfinite_steps}, step=trainer.global_step
-                )
+            _log(trainer, {"nonfinite_steps": self._nonfinite_steps})
         return frozen
 
     def _show(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -452,7 +505,19 @@ def _metrics(update: OuterUpdate) -> dict[str, float]:
         ("hypergradient", update.hypergradients),
     ):
         metrics |= {f"{kind}/{name}": value.mean().item() for name, value in values.items()}
+    return _known(metrics)
+
+
+def _known(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Leave out what is not known."""
     return {name: value for name, value in metrics.items() if not math.isnan(value)}
+
+
+def _log(trainer: Trainer, metrics: Mapping[str, float]) -> None:
+    """Hand what is known to every logger, at the present step."""
+    known = _known(metrics)
+    for logger in trainer.loggers if known else []:
+        logger.log_metrics(known, step=trainer.global_step)
 
 
 def _check_count(argument: str, value: int, least: int, meaning: str) -> None:

@@ -1,8 +1,8 @@
-"""The outer objective of a Lightning module: its validation loss on batches of our own."""
+"""The outer objective of a Lightning module: a loss or a metric on batches of our own."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import count
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -17,23 +17,34 @@ from torch import Tensor
 
 from lightning_rtho.callbacks._isolation import isolated
 from lightning_rtho.callbacks._kernels import native_recurrent_kernels
+from lightning_rtho.callbacks._metric import MetricObjective
 from lightning_rtho.hypergradient import OuterGradient
 from lightning_rtho.linearization import RunningStatistics
 from lightning_rtho.outer import CyclingBatches, outer_gradient
 
-__all__ = ["ValidationObjective", "check_validation_step"]
+__all__ = ["ValidationObjective", "check_outer_steps"]
 
 
-def check_validation_step(module: LightningModule) -> None:
-    """Check that the module defines an outer objective.
+def check_outer_steps(module: LightningModule, metric: MetricObjective | None) -> None:
+    """Check that the module defines what the outer objective is made of.
 
     Args:
         module: The module.
+        metric: The metric that is the objective; None for a loss of the module's own.
 
     Raises:
-        MisconfigurationException: If it has neither ``validation_step`` nor ``outer_step``.
+        MisconfigurationException: If it has no ``outer_step`` and, for a loss, no
+            ``validation_step``, or, for a metric, no ``forward``.
     """
-    if not (hasattr(module, "outer_step") or is_overridden("validation_step", module)):
+    if hasattr(module, "outer_step"):
+        return
+    if metric is not None and not is_overridden("forward", module):
+        raise MisconfigurationException(
+            f"`{type(module).__name__}` defines no `forward`: there are no predictions for "
+            "`objective`. Define one that takes the inputs of a batch, or define "
+            "`outer_step(batch, batch_idx)` that returns predictions and targets."
+        )
+    if metric is None and not is_overridden("validation_step", module):
         raise MisconfigurationException(
             f"`{type(module).__name__}` defines no `validation_step`: there is no outer objective "
             "to take the hypergradient of. Define one that returns the validation loss, or define "
@@ -42,13 +53,19 @@ def check_validation_step(module: LightningModule) -> None:
 
 
 class ValidationObjective:
-    """E_val: the loss that ``validation_step`` returns, in eval mode, on the next batches.
+    """E_val, in eval mode, on the next batches: a loss averaged over them, or a metric of all.
+
+    The loss is what ``outer_step`` or else ``validation_step`` returns. The predictions and targets
+    of a metric are what ``outer_step`` returns, or else ``module(inputs)`` and the targets of a
+    batch of both. Its value over several batches holds the graphs of all of them at once; processes
+    average theirs.
 
     Args:
         trainer: The trainer, with its data set up.
         module: The module.
         dataloader: Where the batches come from; None takes the trainer's validation loader.
-        batches: Number of batches averaged over in one evaluation.
+        batches: Number of batches in one evaluation.
+        metric: The metric; None for a loss.
 
     Raises:
         MisconfigurationException: If there are no validation data.
@@ -60,8 +77,11 @@ class ValidationObjective:
         module: LightningModule,
         dataloader: Iterable[Any] | None,
         batches: int,
+        metric: MetricObjective | None = None,
     ) -> None:
-        self._trainer, self._module = trainer, module
+        self._trainer, self._module, self._metric = trainer, module, metric
+        if metric is not None:
+            metric.match(module)
         self._statistics = RunningStatistics(module)
         source = dataloader if dataloader is not None else _validation_loader(trainer)
         seed = trainer.strategy.broadcast(torch.initial_seed() % 2**63)
@@ -100,9 +120,8 @@ class ValidationObjective:
             try:
                 if not again:
                     self._seen = [next(self._stream) for _ in range(self._batches)]
-                losses = [partial(self._loss, *pair) for pair in zip(self._seen, count())]
                 with self._statistics.differentiable() as statistics:
-                    outer = outer_gradient(losses, params, hypers, statistics)
+                    outer = outer_gradient(self._losses(), params, hypers, statistics)
             except ValueError as error:
                 raise MisconfigurationException(str(error)) from error
             if peek:
@@ -122,13 +141,34 @@ class ValidationObjective:
         with isolate_rng():
             self._stream.load_state_dict(state)
 
+    def _losses(self) -> list[Callable[[], Tensor]]:
+        """Return functions whose mean is the objective on the batches last seen."""
+        numbered = [(batch, batch_idx) for batch_idx, batch in enumerate(self._seen)]
+        if self._metric is None:
+            return [partial(self._loss, *pair) for pair in numbered]
+        return [partial(self._metric, starmap(self._predict, numbered))]
+
+    def _on_device(self, batch: Any) -> Any:
+        """Return a batch as Lightning hands it to a step."""
+        batch = self._trainer.precision_plugin.convert_input(batch)
+        # Private: the one way to call the hook where it is defined, on module or data module.
+        batch = self._module._on_before_batch_transfer(batch, dataloader_idx=0)
+        return self._trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+    def _predict(self, batch: Any, batch_idx: int) -> tuple[Any, Any]:
+        """Predictions and targets of one batch."""
+        batch = self._on_device(batch)
+        outer_step = getattr(self._module, "outer_step", None)
+        with self._trainer.precision_plugin.val_step_context():
+            if outer_step is not None:
+                return _pair(outer_step(batch, batch_idx), "`outer_step` must return two things")
+            inputs, target = _pair(batch, "a validation batch must hold two things")
+            return self._module(inputs), target
+
     def _loss(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss ``[]`` of one batch."""
         trainer, module = self._trainer, self._module
-        batch = trainer.precision_plugin.convert_input(batch)
-        # Private: the one way to call the hook where it is defined, on module or data module.
-        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-        batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        batch = self._on_device(batch)
         output: Any
         outer_step = getattr(module, "outer_step", None)
         if outer_step is not None:
@@ -150,11 +190,23 @@ class ValidationObjective:
         return loss.reshape(())
 
 
+def _pair(found: Any, requirement: str) -> tuple[Any, Any]:
+    """Check that something is a pair."""
+    if not isinstance(found, (list, tuple)) or len(found) != 2:
+        raise MisconfigurationException(
+            f"For `objective`, {requirement}, got {_describe(found)}. Let "
+            "`outer_step(batch, batch_idx)` return predictions and targets."
+        )
+    return found[0], found[1]
+
+
 def _describe(output: Any) -> str:
     if isinstance(output, Tensor):
         return f"a tensor of shape {tuple(output.shape)}"
     if isinstance(output, dict):
         return f"a dict with the keys {sorted(output)}"
+    if isinstance(output, (list, tuple)):
+        return f"{len(output)} items"
     return repr(output)
 
 

@@ -4,10 +4,19 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
+from torchmetrics import Metric
+from typing_extensions import override
 
 from lightning_rtho.callbacks._base import HypergradientCallback
+from lightning_rtho.callbacks._diagnostics import Diagnostic
 from lightning_rtho.callbacks._selection import Selection
-from lightning_rtho.hypergradient import AbstractHypergradient, ForwardHypergradient
+from lightning_rtho.callbacks._summary import Plan
+from lightning_rtho.hypergradient import (
+    AbstractHypergradient,
+    ForwardHypergradient,
+    forward_cost,
+    reverse_cost,
+)
 from lightning_rtho.outer import OuterOptimizerCallable, adam
 
 __all__ = ["RTHO"]
@@ -34,7 +43,14 @@ class RTHO(HypergradientCallback):
             hypergradients are computed and logged, nothing is moved, and training is bitwise what
             it is without the callback.
         dataloader: Data of the outer objective; None takes the trainer's validation loader.
-        outer_batches: Validation batches averaged over in one evaluation.
+        outer_batches: Validation batches in one evaluation: a loss is averaged over them, a metric
+            taken of all together.
+        objective: A differentiable torchmetrics metric to take as the outer objective, minimized
+            or maximized as its ``higher_is_better`` says; value and hypergradients are shown as its
+            own. Its predictions and targets are the pair that the module's
+            ``outer_step(batch, batch_idx)`` returns; without one, ``module(inputs)`` and the
+            targets of batches ``(inputs, targets)``. None takes the loss that ``outer_step`` or
+            ``validation_step`` returns.
         discount: Weight of the history in Z; 1 is exact, 0 looks one step back.
         start_step: Optimizer step from which on the run is followed, with Z = 0.
         stop_step: Optimizer step from which on it is not followed any more; None for never.
@@ -43,10 +59,18 @@ class RTHO(HypergradientCallback):
             rate: one whose outer objective is 5 % above its start or not finite, or whose weights
             have moved more than twice their length from the best state without a gain of 20 % for
             every two lengths. That state is one more copy of the training state, also in
-            checkpoints.
+            checkpoints. With an `objective` to be maximized, whose size says nothing of how far
+            it has fallen, no run goes back.
+        summary: Whether to print before the run what is tuned, where it acts, and what that will
+            cost in time and memory.
+        diagnostics: What to log beside at every outer update: ``"hypergradient_cosine"``, between
+            this hypergradient and the last, all hyperparameters as one vector of natural
+            derivatives; ``"tangent_norm"``, ||dw/dlambda|| of each; ``"tangent_histogram"``, the
+            entries of dw/dlambda in each layer, where a logger takes histograms.
 
     Raises:
-        ValueError: If a count is too small or `discount` is not in [0, 1].
+        ValueError: If a count is too small, `discount` is not in [0, 1], `objective` is not
+            differentiable, or a diagnostic is not known.
         TypeError: If an argument is of the wrong kind.
 
     Example:
@@ -58,6 +82,8 @@ class RTHO(HypergradientCallback):
         Optimization (ICML 2017).
     """
 
+    _known_diagnostics = ("hypergradient_cosine", "tangent_histogram", "tangent_norm")
+
     def __init__(
         self,
         hyperparameters: Selection = None,
@@ -66,10 +92,13 @@ class RTHO(HypergradientCallback):
         outer_optimizer: OuterOptimizerCallable | None = adam,
         dataloader: Iterable[Any] | None = None,
         outer_batches: int = 1,
+        objective: Metric | None = None,
         discount: float = 1.0,
         start_step: int = 0,
         stop_step: int | None = None,
         safeguard: bool = True,
+        summary: bool = True,
+        diagnostics: Sequence[Diagnostic] = (),
     ) -> None:
         super().__init__(
             hyperparameters,
@@ -77,9 +106,12 @@ class RTHO(HypergradientCallback):
             outer_optimizer=outer_optimizer,
             dataloader=dataloader,
             outer_batches=outer_batches,
+            objective=objective,
             start_step=start_step,
             stop_step=stop_step,
             safeguard=safeguard,
+            summary=summary,
+            diagnostics=diagnostics,
         )
         if not 0 <= discount <= 1:
             raise ValueError(
@@ -87,7 +119,17 @@ class RTHO(HypergradientCallback):
             )
         self.discount = discount
 
+    @override
     def _make_hypergradient(
         self, params: Sequence[Tensor], hypers: Sequence[Tensor]
     ) -> AbstractHypergradient:
         return ForwardHypergradient(params, hypers, self.discount)
+
+    @override
+    def _plans(self, entries: int) -> tuple[Plan, Plan]:
+        window = self.hyper_batch_size
+        arguments = f"hyper_batch_size={window}"
+        return (
+            Plan(f"RTHO({arguments})", forward_cost(entries), "the whole run"),
+            Plan(f"TRHO({arguments})", reverse_cost(window, recomputes=True), "its hyper-batch"),
+        )

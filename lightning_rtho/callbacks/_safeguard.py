@@ -46,6 +46,8 @@ class Safeguard:
         optimizers: The module's optimizers.
         hypers: The hyperparameters, each ``[*H]``.
         descent: What moves them.
+        judges_objective: Whether the outer objective tells a lost run. How far it has risen is
+            measured by its size, which means nothing for one that may be of either sign.
 
     Attributes:
         best_step: Optimizer steps after which the best state was kept.
@@ -59,8 +61,11 @@ class Safeguard:
         optimizers: Sequence[DifferentiableOptimizer],
         hypers: Sequence[Hyperparameter],
         descent: HyperparameterDescent,
+        *,
+        judges_objective: bool = True,
     ) -> None:
         self._module, self._method, self._optimizers = module, method, optimizers
+        self._judges_objective = judges_objective
         self._hypers, self._descent = list(hypers), descent
         rates = {id(rate) for o in optimizers for rate in o.acting_as("lr").values()}
         self._rates = [hyper for hyper in hypers if id(hyper) in rates]
@@ -76,12 +81,13 @@ class Safeguard:
         return self._backtracking.has_begun
 
     def begin(self, value: float) -> None:
-        """Take the present state for the start.
+        """Take the present state for the start, if the objective tells a lost run.
 
         Args:
             value: Its outer objective.
         """
-        self._backtracking.begin(value)
+        if self._judges_objective:
+            self._backtracking.begin(value)
         if self.has_begun:
             self._keep(value)
 

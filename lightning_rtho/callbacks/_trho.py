@@ -7,15 +7,21 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_rtho.callbacks._base import HypergradientCallback
+from lightning_rtho.callbacks._diagnostics import Diagnostic
 from lightning_rtho.callbacks._selection import Selection
+from lightning_rtho.callbacks._summary import Plan
 from lightning_rtho.hypergradient import (
     AbstractHypergradient,
+    Offload,
     Recompute,
     ReverseHypergradient,
     Tape,
+    forward_cost,
+    reverse_cost,
 )
 from lightning_rtho.outer import OuterOptimizerCallable, adam
 
@@ -39,14 +45,18 @@ class TRHO(HypergradientCallback):
         outer_optimizer: As `RTHO`.
         dataloader: As `RTHO`.
         outer_batches: As `RTHO`.
+        objective: As `RTHO`.
         tape: What is kept of a step: ``Recompute()``, ``KeepGraph()`` or ``Offload("cpu")``; None
             is ``Recompute()``.
         start_step: As `RTHO`.
         stop_step: As `RTHO`.
         safeguard: As `RTHO`, but a chaotic run is not recognized by its sensitivity.
+        summary: As `RTHO`.
+        diagnostics: As `RTHO`, but ``"hypergradient_cosine"`` alone.
 
     Raises:
-        ValueError: If a count is too small.
+        ValueError: If a count is too small, `objective` is not differentiable, or a diagnostic is
+            not known.
         TypeError: If an argument is of the wrong kind.
 
     Example:
@@ -58,6 +68,8 @@ class TRHO(HypergradientCallback):
         Optimization (ICML 2017).
     """
 
+    _known_diagnostics = ("hypergradient_cosine",)
+
     def __init__(
         self,
         hyperparameters: Selection = None,
@@ -66,10 +78,13 @@ class TRHO(HypergradientCallback):
         outer_optimizer: OuterOptimizerCallable | None = adam,
         dataloader: Iterable[Any] | None = None,
         outer_batches: int = 1,
+        objective: Metric | None = None,
         tape: Tape | None = None,
         start_step: int = 0,
         stop_step: int | None = None,
         safeguard: bool = True,
+        summary: bool = True,
+        diagnostics: Sequence[Diagnostic] = (),
     ) -> None:
         super().__init__(
             hyperparameters,
@@ -77,9 +92,12 @@ class TRHO(HypergradientCallback):
             outer_optimizer=outer_optimizer,
             dataloader=dataloader,
             outer_batches=outer_batches,
+            objective=objective,
             start_step=start_step,
             stop_step=stop_step,
             safeguard=safeguard,
+            summary=summary,
+            diagnostics=diagnostics,
         )
         if tape is not None and not isinstance(tape, Tape):
             raise TypeError(
@@ -98,7 +116,20 @@ class TRHO(HypergradientCallback):
             )
         super().setup(trainer, pl_module, stage)
 
+    @override
     def _make_hypergradient(
         self, params: Sequence[Tensor], hypers: Sequence[Tensor]
     ) -> AbstractHypergradient:
         return ReverseHypergradient(params, hypers, copy.deepcopy(self.tape))
+
+    @override
+    def _plans(self, entries: int) -> tuple[Plan, Plan]:
+        window, tape = self.hyper_batch_size, self.tape
+        arguments = f"hyper_batch_size={window}"
+        name = f"TRHO({arguments}, tape={type(tape).__name__})"
+        cost = reverse_cost(window, recomputes=tape.needs_replay)
+        place = str(tape.device) if isinstance(tape, Offload) else ""
+        return (
+            Plan(name, cost, "its hyper-batch", place),
+            Plan(f"RTHO({arguments})", forward_cost(entries), "the whole run"),
+        )

@@ -8,12 +8,14 @@ from lightning_rtho.hypergradient._base import (
     OuterGradient,
     Recollection,
 )
+from lightning_rtho.hypergradient._cost import Cost, forward_cost, reverse_cost
 from lightning_rtho.hypergradient._forward import ForwardHypergradient
 from lightning_rtho.hypergradient._reverse import ReverseHypergradient
 from lightning_rtho.hypergradient._tape import KeepGraph, Offload, Recompute, Tape
 
 __all__ = [
     "AbstractHypergradient",
+    "Cost",
     "Fault",
     "ForwardHypergradient",
     "GradientMismatchError",
@@ -25,4 +27,6 @@ __all__ = [
     "Recompute",
     "ReverseHypergradient",
     "Tape",
+    "forward_cost",
+    "reverse_cost",
 ]

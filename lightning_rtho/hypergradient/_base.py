@@ -200,6 +200,10 @@ class AbstractHypergradient(ABC):
             GradientMismatchError: If a step's gradient was not that of its recorded losses.
         """
 
+    def weight_tangents(self) -> list[Tensor | None]:
+        """Return dw/dlambda of all parameters, each ``[m, *P]``; None is zero, or not known."""
+        return [None] * len(self.params)
+
     def sensitivity(self, slopes: Tensor) -> float:
         """Return how strongly the weights depend on the hyperparameters, in lengths of the weights.
 

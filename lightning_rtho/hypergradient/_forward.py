@@ -318,7 +318,7 @@ class ForwardHypergradient(AbstractHypergradient):
                 "and clear gradients after each step."
             )
         total = self._flat(outer.hypers)
-        tangents = [tangent.get("param") for tangent in self.tangents]
+        tangents = self.weight_tangents()
         statistics = [self.statistic_tangents.get(i) for i in range(len(outer.statistics))]
         for tangent, gradient in zip(
             [*tangents, *statistics], [*outer.params, *outer.statistics], strict=True
@@ -327,12 +327,16 @@ class ForwardHypergradient(AbstractHypergradient):
                 total += (tangent.reshape(self.entries, -1) @ gradient.flatten()).to(total)
         return total
 
+    def weight_tangents(self) -> list[Tensor | None]:
+        """See :meth:`AbstractHypergradient.weight_tangents`; the part of Z that is the weights'."""
+        return [tangent.get("param") for tangent in self.tangents]
+
     def sensitivity(self, slopes: Tensor) -> float:
         """See :meth:`AbstractHypergradient.sensitivity`; infinite where Z is not finite."""
         norms = [
-            tangent["param"].reshape(self.entries, -1).norm(dim=1)
-            for tangent in self.tangents
-            if "param" in tangent
+            tangent.reshape(self.entries, -1).norm(dim=1)
+            for tangent in self.weight_tangents()
+            if tangent is not None
         ]
         weights = [param.detach().norm() for param in self.params]
         size = torch.stack(weights).norm().item()

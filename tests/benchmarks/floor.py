@@ -1,16 +1,12 @@
 """The least that a method can cost, in plain gradients."""
 
+from lightning_rtho.hypergradient import forward_cost, reverse_cost
+
 __all__ = ["floor"]
 
-_REVERSE_PASSES = {
-    "trho_keep": 9,
-    "trho_recompute": 12,
-    "trho_offload": 12,
-    "reverse_loop": 9,
-    "higher": 9,
-    "torchopt": 9,
-    "betty": 9,
-}
+_FORWARD = {"rtho", "forward_loop"}
+_REVERSE = {"trho_keep", "reverse_loop", "higher", "torchopt", "betty"}
+_RECOMPUTING = {"trho_recompute", "trho_offload"}
 
 
 def floor(method: str, *, entries: int, hyper_batch_size: int) -> float:
@@ -29,8 +25,8 @@ def floor(method: str, *, entries: int, hyper_batch_size: int) -> float:
     Returns:
         The ratio.
     """
-    if method in {"rtho", "forward_loop"}:
-        return (3 + 6 * entries) / 3
-    if method in _REVERSE_PASSES:
-        return (_REVERSE_PASSES[method] - 6 / hyper_batch_size) / 3
+    if method in _FORWARD:
+        return forward_cost(entries).ratio
+    if method in _REVERSE | _RECOMPUTING:
+        return reverse_cost(hyper_batch_size, recomputes=method in _RECOMPUTING).ratio
     return 1.0

@@ -23,8 +23,11 @@ EVERYTHING = {
     "hyper_batch_size": 5,
     "outer_optimizer": {"class_path": "torch.optim.RMSprop", "init_args": {"lr": 0.05}},
     "outer_batches": 2,
+    "objective": {"class_path": "torchmetrics.MeanSquaredError"},
     "start_step": 5,
     "stop_step": 15,
+    "summary": False,
+    "diagnostics": ["hypergradient_cosine"],
 }
 
 
@@ -33,6 +36,9 @@ class CommandLineNet(SmallNet):
 
     def __init__(self, rate: float = 0.05) -> None:
         super().__init__(optim.SGD, lr=rate, momentum=0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
 
     def train_dataloader(self) -> Any:
         return loader(20, seed=1, batch_size=4, shuffle=True)
@@ -78,6 +84,7 @@ def test_yaml_sets_every_argument_and_the_saved_file_reproduces_the_run(class_pa
     assert [update.step for update in first.schedule] == [10, 15]
     assert first._selection == {"lr": Positive(), "momentum": Interval(0, 1)}
     assert first.hyperparameters["lr"] != 0.05
+    assert first._metric is not None
     if isinstance(first, TRHO):
         assert isinstance(first.tape, Offload)
     else:

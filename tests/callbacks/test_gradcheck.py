@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn, optim
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torchmetrics.regression import R2Score
 
 from lightning_rtho import (
     RTHO,
@@ -67,6 +68,12 @@ class Cubed(nn.Module):
 
 # Modules that are right
 
+
+class Predicting(SmallNet):
+    def outer_step(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor]:
+        return self.net(batch[0]).flatten(), batch[1].flatten()
+
+
 RIGHT: dict[str, tuple[Any, dict[str, Any]]] = {
     "declared": (
         lambda: SmallNet(
@@ -89,6 +96,10 @@ RIGHT: dict[str, tuple[Any, dict[str, Any]]] = {
         {"trainer_kwargs": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}},
     ),
     "custom function": (lambda: SmallNet(body=Cubed, lr=positive(0.1)), {}),
+    "metric": (
+        lambda: Predicting(lr=positive(0.1), l2=positive(0.01)),
+        {"objective": R2Score()},  # to be maximized
+    ),
     "scheduler": (lambda: Scheduled(SCHEDULERS["cosine"], lr=positive(0.1)), {}),
     "two optimizers": (
         lambda: Adversarial(

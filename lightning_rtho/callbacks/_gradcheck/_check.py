@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
+from torchmetrics import Metric
 
 from lightning_rtho.callbacks._base import HypergradientCallback
 from lightning_rtho.callbacks._gradcheck._causes import likely_causes
@@ -42,6 +43,7 @@ def hypergradcheck(
     *,
     trainer_kwargs: Mapping[str, Any] | None = None,
     hyperparameters: Selection = None,
+    objective: Metric | None = None,
     steps: int = 4,
     rtol: float = 1e-4,
     raise_exception: bool = True,
@@ -64,6 +66,7 @@ def hypergradcheck(
         trainer_kwargs: Settings of the trainer: accumulation, clipping, callbacks. Those that say
             how long, how precisely and where it runs or what it logs are not taken over.
         hyperparameters: As `RTHO`.
+        objective: As `RTHO`.
         steps: Optimizer steps of each run.
         rtol: Relative difference that is taken for agreement.
         raise_exception: Whether to raise if hypergradients differ.
@@ -73,7 +76,9 @@ def hypergradcheck(
 
     Raises:
         HypergradcheckError: If hypergradients differ, or the callbacks refuse the module.
-        ValueError: If `steps` is less than 1, or there are several loaders or no batches.
+        TypeError: If `objective` is no metric.
+        ValueError: If `steps` is less than 1, there are several loaders or no batches, or
+            `objective` is not differentiable.
 
     Example:
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
@@ -96,7 +101,7 @@ def hypergradcheck(
     with isolate_rng():
         train = StoredBatches(train_dataloaders, steps * settings.get("accumulate_grad_batches", 1))
         val = StoredBatches(val_dataloaders, _VALIDATION_BATCHES)
-        fits = Fits(module, train, val, settings, steps)
+        fits = Fits(module, train, val, settings, steps, objective)
         try:
             result = _compare(fits, hyperparameters, module.automatic_optimization, rtol)
         except MisconfigurationException as refusal:

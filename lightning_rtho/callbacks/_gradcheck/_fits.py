@@ -12,9 +12,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_rtho.callbacks._base import HypergradientCallback
+from lightning_rtho.callbacks._metric import MetricObjective
 from lightning_rtho.callbacks._objective import ValidationObjective
 from lightning_rtho.callbacks._random import read_random_state, write_random_state
 from lightning_rtho.callbacks._replay_schedule import ReplaySchedule
@@ -88,6 +90,7 @@ class Fits:
         val: Batches of the outer objective.
         trainer_kwargs: Settings of the trainer.
         steps: Optimizer steps.
+        objective: The metric that is the outer objective; None for a loss of the module's own.
     """
 
     def __init__(
@@ -97,8 +100,10 @@ class Fits:
         val: StoredBatches,
         trainer_kwargs: Mapping[str, Any],
         steps: int,
+        objective: Metric | None = None,
     ) -> None:
         self._module, self._train, self.val, self.steps = module, train, val, steps
+        self._metric = objective
         self._settings = {k: v for k, v in trainer_kwargs.items() if k not in _REPLACED}
         callbacks = self._settings.pop("callbacks", None) or []
         callbacks = [callbacks] if isinstance(callbacks, Callback) else callbacks
@@ -113,6 +118,7 @@ class Fits:
             "outer_optimizer": None,
             "dataloader": self.val,
             "outer_batches": len(self.val),
+            "objective": self._metric,
         }
 
     def fit(self, *callbacks: Callback) -> None:
@@ -151,10 +157,11 @@ class Fits:
         Returns:
             The outer objective.
         """
-        final = _FinalObjective(self.steps, self.val)
+        metric = None if self._metric is None else MetricObjective(self._metric)
+        final = _FinalObjective(self.steps, self.val, metric)
         self.fit(ReplaySchedule(Schedule(start=values)), final)
         assert final.value is not None
-        return final.value
+        return final.value if metric is None else metric.sign * final.value
 
 
 def _copy(module: LightningModule) -> LightningModule:
@@ -177,15 +184,17 @@ def _copy(module: LightningModule) -> LightningModule:
 class _FinalObjective(Callback):
     """Evaluates the outer objective when the last step is made."""
 
-    def __init__(self, steps: int, val: StoredBatches) -> None:
-        self._steps, self._val = steps, val
+    def __init__(self, steps: int, val: StoredBatches, metric: MetricObjective | None) -> None:
+        self._steps, self._val, self._metric = steps, val, metric
         self.value: float | None = None
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Evaluate."""
         if trainer.global_step >= self._steps and self.value is None:
-            objective = ValidationObjective(trainer, pl_module, self._val, len(self._val))
+            objective = ValidationObjective(
+                trainer, pl_module, self._val, len(self._val), self._metric
+            )
             self.value = objective(list(pl_module.parameters()), []).value.item()
 
 
