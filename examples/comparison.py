@@ -114,7 +114,13 @@ def of_method(results: Sequence[Result], method: str) -> list[Result]:
     return [result for result in results if result.setting.method == method]
 
 
-def draw_errors(ax: Axes, results: Sequence[Result], colors: dict[str, str], names: dict) -> None:
+def draw_errors(
+    ax: Axes,
+    results: Sequence[Result],
+    colors: dict[str, str],
+    names: dict[str, str],
+    ticks: Sequence[int],
+) -> None:
     """Draw mean validation errors over steps, of methods that train once and to the end."""
     for method, color in colors.items():
         curves = [result.curve for result in of_method(results, method)]
@@ -123,6 +129,7 @@ def draw_errors(ax: Axes, results: Sequence[Result], colors: dict[str, str], nam
             steps, errors = np.mean([curve[:length] for curve in curves], axis=0).T
             ax.plot(steps, errors, color=color, label=names[method])
     ax.set(xlabel="Optimizer step", yscale="log")
+    ax.set_yticks(ticks, [str(tick) for tick in ticks])
     ax.minorticks_off()
     ax.grid(alpha=0.25)
 

@@ -177,9 +177,8 @@ def draw(results: list[Result]) -> Figure:
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     errors, rates, penalties = figure.subplots(1, 3)
     names = {name: method.title.replace("`", "") for name, method in METHODS.items()}
-    draw_errors(errors, results, COLORS, names)
+    draw_errors(errors, results, COLORS, names, ticks=[2, 5, 10, 20])
     errors.set(title="Validation error (%), mean")
-    errors.set_yticks([2, 5, 10, 20], ["2", "5", "10", "20"])
     for ax, name, title in [(rates, "lr", "Learning rate"), (penalties, "l2", "L2 coefficient")]:
         draw_values(ax, results, name, COLORS)
         ax.axhline(START[name], color=COLORS["fixed"], linewidth=0.9)
