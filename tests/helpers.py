@@ -552,6 +552,7 @@ class Run:
             put(present)
             return traced
 
+        replay.is_sample = False
         return replay
 
     def _backward(self, loss: Tensor, gradients: list[Tensor | None] | None) -> None:

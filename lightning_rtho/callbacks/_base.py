@@ -22,6 +22,7 @@ from lightning_rtho.callbacks._checks import (
     refusals_explained,
 )
 from lightning_rtho.callbacks._coupling import decoupled_coordinates
+from lightning_rtho.callbacks._curvature import CurvatureSample
 from lightning_rtho.callbacks._diagnostics import Diagnostic, Diagnostics
 from lightning_rtho.callbacks._metric import MetricObjective
 from lightning_rtho.callbacks._objective import ValidationObjective, check_outer_steps
@@ -53,6 +54,7 @@ class HypergradientCallback(Callback):
         dataloader: Iterable[Any] | None,
         outer_batches: int,
         objective: Metric | None,
+        curvature_fraction: float,
         start_step: int,
         stop_step: int | None,
         safeguard: bool,
@@ -64,6 +66,11 @@ class HypergradientCallback(Callback):
         _check_count("start_step", start_step, 0, "optimizer steps before the first followed one")
         if stop_step is not None:
             _check_count("stop_step", stop_step, start_step + 1, "optimizer steps until the last")
+        if not 0 < curvature_fraction <= 1:
+            raise ValueError(
+                f"`curvature_fraction` must lie in (0, 1], got {curvature_fraction}. It is the "
+                "share of a batch's examples that Hessian products are taken on; 1 is exact."
+            )
         if isinstance(hyperparameters, str):
             raise TypeError(
                 f"`hyperparameters` must be a list of names or a dict of domains, got "
@@ -76,6 +83,7 @@ class HypergradientCallback(Callback):
                 "`lambda raw: torch.optim.Adam(raw, lr=0.1)`."
             )
         self.hyper_batch_size = hyper_batch_size
+        self.curvature_fraction = curvature_fraction
         self.start_step = start_step
         self.stop_step = stop_step
         self.safeguard = safeguard
@@ -91,6 +99,7 @@ class HypergradientCallback(Callback):
         self._run: FollowedRun | None = None
         self._objective: ValidationObjective | None = None
         self._descent: HyperparameterDescent | None = None
+        self._sample: CurvatureSample | None = None
         self._safeguard: Safeguard | None = None
         self._next_update = hyper_batch_size
         self._resumed: dict[str, Any] | None = None
@@ -135,6 +144,12 @@ class HypergradientCallback(Callback):
                     "them tune all hyperparameters."
                 )
             check_settings(trainer, pl_module)
+            if self.curvature_fraction < 1 and not pl_module.automatic_optimization:
+                raise MisconfigurationException(
+                    "`curvature_fraction` must be 1 with manual optimization, got "
+                    f"{self.curvature_fraction}: it runs training steps again, which would make "
+                    "their updates again."
+                )
             check_outer_steps(pl_module, self._metric)
 
     @override
@@ -168,8 +183,10 @@ class HypergradientCallback(Callback):
         self._objective = ValidationObjective(
             trainer, pl_module, self._dataloader, self._outer_batches, self._metric
         )
+        if self.curvature_fraction < 1:
+            self._sample = CurvatureSample(self.curvature_fraction, trainer.global_rank)
         self._run = FollowedRun(
-            trainer, pl_module, optimizers, self._tuned, self._make_hypergradient
+            trainer, pl_module, optimizers, self._tuned, self._make_hypergradient, self._sample
         )
         if self._outer_optimizer is not None:
             hypers = list(self._tuned.values())
@@ -421,6 +438,7 @@ class HypergradientCallback(Callback):
                 "objective": self._objective.state_dict(),
                 "descent": None if self._descent is None else self._descent.state_dict(),
                 "safeguard": None if self._safeguard is None else self._safeguard.state_dict(),
+                "sample": None if self._sample is None else self._sample.state_dict(),
                 "random": read_random_state(),
             }
         return copy.deepcopy(state)
@@ -460,6 +478,8 @@ class HypergradientCallback(Callback):
         self._run.order_parameters(run["parameters"])
         self._run.method.load_state_dict(run["method"], self._run.recollection())
         self._objective.load_state_dict(run["objective"])
+        if self._sample is not None and run["sample"] is not None:
+            self._sample.load_state_dict(run["sample"])
         if self._descent is not None and run["descent"] is not None:
             self._descent.load_state_dict(run["descent"])
         if self._safeguard is not None and run.get("safeguard") is not None:
@@ -487,7 +507,7 @@ class HypergradientCallback(Callback):
     def _end(self, trainer: Trainer) -> None:
         if self._run is not None:
             self._run.end()
-        self._run = self._objective = self._descent = self._safeguard = None
+        self._run = self._objective = self._descent = self._safeguard = self._sample = None
         trainer.optimizers = [
             o.optimizer if isinstance(o, DifferentiableOptimizer) else o for o in trainer.optimizers
         ]

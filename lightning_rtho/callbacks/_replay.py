@@ -85,6 +85,7 @@ class TrainingStepReplay:
         batch: The batch on its device.
         batch_idx: Its index in the epoch.
         statistics: The running statistics of the module.
+        is_sample: Whether the batch holds a part of the examples alone.
     """
 
     def __init__(
@@ -94,7 +95,10 @@ class TrainingStepReplay:
         batch: Any,
         batch_idx: int,
         statistics: RunningStatistics,
+        *,
+        is_sample: bool = False,
     ) -> None:
+        self.is_sample = is_sample
         self._trainer, self._module = trainer, module
         self._statistics = statistics
         self._args = [batch]
@@ -114,6 +118,7 @@ class TrainingStepReplay:
         if not _is_plain(self._args):
             return None
         return {
+            "is_sample": self.is_sample,
             "args": self._args,
             "scale": self._scale,
             "accumulated": self._accumulated,
@@ -143,6 +148,7 @@ class TrainingStepReplay:
         """
         replay = cls.__new__(cls)
         replay._trainer, replay._module, replay._statistics = trainer, module, statistics
+        replay.is_sample = state["is_sample"]
         replay._args = move_data_to_device(state["args"], trainer.strategy.root_device)
         replay._scale, replay._accumulated = state["scale"], state["accumulated"]
         replay._random_state = state["random_state"]

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
@@ -51,6 +52,14 @@ class RTHO(HypergradientCallback):
             ``outer_step(batch, batch_idx)`` returns; without one, ``module(inputs)`` and the
             targets of batches ``(inputs, targets)``. None takes the loss that ``outer_step`` or
             ``validation_step`` returns.
+        curvature_fraction: Share of each batch's examples, in (0, 1], that Hessian products are
+            taken on, drawn anew each step; 1 is exact. Less is cheaper, noisier and unbiased in
+            each product. The training step runs once more on the drawn examples, so the loss must
+            be the mean of something over examples, which is checked in the first step; tensors of
+            a batch whose first axis is as long as that of its first tensor hold one entry an
+            example.
+        tangent_dtype: What Z is kept in, as ``torch.bfloat16`` for half the memory; None for what
+            the weights are.
         discount: Weight of the history in Z; 1 is exact, 0 looks one step back.
         start_step: Optimizer step from which on the run is followed, with Z = 0.
         stop_step: Optimizer step from which on it is not followed any more; None for never.
@@ -69,8 +78,8 @@ class RTHO(HypergradientCallback):
             entries of dw/dlambda in each layer, where a logger takes histograms.
 
     Raises:
-        ValueError: If a count is too small, `discount` is not in [0, 1], `objective` is not
-            differentiable, or a diagnostic is not known.
+        ValueError: If a count is too small, `discount` or `curvature_fraction` is out of bounds,
+            `objective` is not differentiable, or a diagnostic is not known.
         TypeError: If an argument is of the wrong kind.
 
     Example:
@@ -93,6 +102,8 @@ class RTHO(HypergradientCallback):
         dataloader: Iterable[Any] | None = None,
         outer_batches: int = 1,
         objective: Metric | None = None,
+        curvature_fraction: float = 1.0,
+        tangent_dtype: torch.dtype | None = None,
         discount: float = 1.0,
         start_step: int = 0,
         stop_step: int | None = None,
@@ -107,6 +118,7 @@ class RTHO(HypergradientCallback):
             dataloader=dataloader,
             outer_batches=outer_batches,
             objective=objective,
+            curvature_fraction=curvature_fraction,
             start_step=start_step,
             stop_step=stop_step,
             safeguard=safeguard,
@@ -117,19 +129,37 @@ class RTHO(HypergradientCallback):
             raise ValueError(
                 f"`discount` must lie in [0, 1], got {discount}. 1 keeps the whole history, 0 none."
             )
+        if tangent_dtype is not None and not tangent_dtype.is_floating_point:
+            raise ValueError(
+                f"`tangent_dtype` must be a real floating type, got {tangent_dtype}. Pass for "
+                "example `torch.bfloat16`."
+            )
         self.discount = discount
+        self.tangent_dtype = tangent_dtype
 
     @override
     def _make_hypergradient(
         self, params: Sequence[Tensor], hypers: Sequence[Tensor]
     ) -> AbstractHypergradient:
-        return ForwardHypergradient(params, hypers, self.discount)
+        return ForwardHypergradient(
+            params,
+            hypers,
+            self.discount,
+            needs_replay=self.curvature_fraction < 1,
+            tangent_dtype=self.tangent_dtype,
+        )
 
     @override
     def _plans(self, entries: int) -> tuple[Plan, Plan]:
-        window = self.hyper_batch_size
+        window, fraction = self.hyper_batch_size, self.curvature_fraction
+        precision = (
+            1.0
+            if self.tangent_dtype is None
+            else (self.tangent_dtype.itemsize / torch.get_default_dtype().itemsize)
+        )
         arguments = f"hyper_batch_size={window}"
+        reverse = reverse_cost(window, recomputes=True, fraction=fraction)
         return (
-            Plan(f"RTHO({arguments})", forward_cost(entries), "the whole run"),
-            Plan(f"TRHO({arguments})", reverse_cost(window, recomputes=True), "its hyper-batch"),
+            Plan(f"RTHO({arguments})", forward_cost(entries, fraction, precision), "the whole run"),
+            Plan(f"TRHO({arguments})", reverse, "its hyper-batch"),
         )

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_rtho.callbacks._checks import refusals_explained
+from lightning_rtho.callbacks._curvature import CurvatureSample
 from lightning_rtho.callbacks._detached import DetachedWeights
 from lightning_rtho.callbacks._kernels import (
     twice_differentiable_kernels,
@@ -46,6 +47,7 @@ class FollowedRun:
         optimizers: Its optimizers; more than one only where it calls them by hand.
         tuned: Hyperparameters by name, each ``[*H]``.
         make_method: Makes the method from weights and hyperparameters.
+        sample: Draws the examples that Hessian products are taken on; None for all.
 
     Attributes:
         method: The method.
@@ -59,7 +61,9 @@ class FollowedRun:
         optimizers: Sequence[DifferentiableOptimizer],
         tuned: Mapping[str, Hyperparameter],
         make_method: Callable[[Sequence[Tensor], Sequence[Tensor]], AbstractHypergradient],
+        sample: CurvatureSample | None = None,
     ) -> None:
+        self._sample = sample
         self._trainer, self._module, self._optimizers = trainer, module, optimizers
         self._tuned = tuned
         self._columns = _columns(tuned)
@@ -107,9 +111,7 @@ class FollowedRun:
             self._take_in_parameters()
             self.method.start(self._module.buffers())
             if self.method.needs_replay:
-                self._replay = TrainingStepReplay(
-                    self._trainer, self._module, batch, batch_idx, self._statistics
-                )
+                self._replay = self._prepare_replay(batch, batch_idx)
             else:
                 self._forward_context.enter_context(twice_differentiable_kernels(self._module))
             self._statistics.start()
@@ -118,6 +120,25 @@ class FollowedRun:
             if not self._watched:
                 self._watched = True
                 self._watch.enter_context(DetachedWeights(self._trained))
+
+    def _prepare_replay(self, batch: Any, batch_idx: int) -> TrainingStepReplay:
+        """Make ready to compute the loss again: the whole in the first step, then of a sample."""
+        replay = partial(
+            TrainingStepReplay,
+            self._trainer,
+            self._module,
+            batch_idx=batch_idx,
+            statistics=self._statistics,
+        )
+        if self._sample is None:
+            return replay(batch=batch)
+        if not self._sample.is_checked:
+            # Whole, so that gradients that are edited are found out, too.
+            self._sample.check(batch, self._module, lambda part: replay(batch=part)().value)
+            return replay(batch=batch)
+        drawn = self._sample.draw(batch, self._trainer.global_step, batch_idx)
+        whole = drawn is None
+        return replay(batch=batch if whole else drawn, is_sample=not whole)
 
     def _take_in_parameters(self) -> None:
         """Take in parameters that the optimizer has been given since."""

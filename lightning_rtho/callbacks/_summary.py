@@ -123,11 +123,11 @@ def _memory(plan: Plan, state_size: int, keeps_best: bool) -> str:
     return text
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def _count(number: float, noun: str) -> str:
+    return f"{number:g} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _megabytes(size: int) -> str:
+def _megabytes(size: float) -> str:
     """Show a number of bytes."""
     megabytes = size / 1e6
     return f"{megabytes:,.0f} MB" if megabytes >= 100 else f"{megabytes:.3g} MB"

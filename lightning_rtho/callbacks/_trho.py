@@ -46,6 +46,7 @@ class TRHO(HypergradientCallback):
         dataloader: As `RTHO`.
         outer_batches: As `RTHO`.
         objective: As `RTHO`.
+        curvature_fraction: As `RTHO`; the sample's loss is computed on the way back.
         tape: What is kept of a step: ``Recompute()``, ``KeepGraph()`` or ``Offload("cpu")``; None
             is ``Recompute()``.
         start_step: As `RTHO`.
@@ -55,8 +56,8 @@ class TRHO(HypergradientCallback):
         diagnostics: As `RTHO`, but ``"hypergradient_cosine"`` alone.
 
     Raises:
-        ValueError: If a count is too small, `objective` is not differentiable, or a diagnostic is
-            not known.
+        ValueError: If a count is too small, `curvature_fraction` is out of bounds or below 1 with
+            ``KeepGraph()``, `objective` is not differentiable, or a diagnostic is not known.
         TypeError: If an argument is of the wrong kind.
 
     Example:
@@ -79,6 +80,7 @@ class TRHO(HypergradientCallback):
         dataloader: Iterable[Any] | None = None,
         outer_batches: int = 1,
         objective: Metric | None = None,
+        curvature_fraction: float = 1.0,
         tape: Tape | None = None,
         start_step: int = 0,
         stop_step: int | None = None,
@@ -93,6 +95,7 @@ class TRHO(HypergradientCallback):
             dataloader=dataloader,
             outer_batches=outer_batches,
             objective=objective,
+            curvature_fraction=curvature_fraction,
             start_step=start_step,
             stop_step=stop_step,
             safeguard=safeguard,
@@ -103,6 +106,11 @@ class TRHO(HypergradientCallback):
             raise TypeError(
                 f"`tape` must be Recompute(), KeepGraph() or Offload('cpu'), got {tape!r}. Pass an "
                 "instance."
+            )
+        if tape is not None and curvature_fraction < 1 and not tape.needs_replay:
+            raise ValueError(
+                "`tape` must compute losses again with a `curvature_fraction` below 1, got "
+                f"{tape!r}. Pass Recompute() or Offload('cpu')."
             )
         self.tape = Recompute() if tape is None else tape
 
@@ -127,9 +135,10 @@ class TRHO(HypergradientCallback):
         window, tape = self.hyper_batch_size, self.tape
         arguments = f"hyper_batch_size={window}"
         name = f"TRHO({arguments}, tape={type(tape).__name__})"
-        cost = reverse_cost(window, recomputes=tape.needs_replay)
+        fraction = self.curvature_fraction
+        cost = reverse_cost(window, recomputes=tape.needs_replay, fraction=fraction)
         place = str(tape.device) if isinstance(tape, Offload) else ""
         return (
             Plan(name, cost, "its hyper-batch", place),
-            Plan(f"RTHO({arguments})", forward_cost(entries), "the whole run"),
+            Plan(f"RTHO({arguments})", forward_cost(entries, fraction), "the whole run"),
         )

@@ -28,7 +28,14 @@ __all__ = [
 
 
 class Replay(Protocol):
-    """Computes the loss of a micro-batch again, at the weights that stand in the parameters now."""
+    """Computes the loss of a micro-batch again, at the weights that stand in the parameters now.
+
+    Attributes:
+        is_sample: Whether it computes an estimate of the loss, on some of the examples. Then
+            products are taken with its Hessian, and the optimizer's gradient is another one.
+    """
+
+    is_sample: bool
 
     def __call__(self) -> TracedLoss:
         """Compute the loss."""

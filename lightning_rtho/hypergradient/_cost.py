@@ -17,12 +17,12 @@ class Cost:
 
     Attributes:
         passes: Time of a step's derivatives in forward passes F; a plain gradient takes 3.
-        states: Training states (weights and optimizer state) that are kept.
+        states: Training states (weights and optimizer state) that are kept, in their precision.
         graphs: Graphs of losses that are kept.
     """
 
     passes: float
-    states: int
+    states: float
     graphs: int = 0
 
     @property
@@ -31,11 +31,15 @@ class Cost:
         return self.passes / _GRADIENT
 
 
-def forward_cost(entries: int) -> Cost:
+def forward_cost(entries: int, fraction: float = 1.0, precision: float = 1.0) -> Cost:
     """Count Forward-HG: 3 F + 6 m F, a product with the Hessian for each of m entries.
+
+    With products on a fraction f of the examples 3 F + 3 f F + 6 m f F: their gradient is another.
 
     Args:
         entries: Number m of hyperparameter entries.
+        fraction: Share of the examples that products are taken on.
+        precision: Bytes of an entry of Z over those of a weight.
 
     Returns:
         The cost.
@@ -44,10 +48,11 @@ def forward_cost(entries: int) -> Cost:
         >>> forward_cost(2).ratio
         5.0
     """
-    return Cost(_GRADIENT + _PRODUCT * entries, states=entries)
+    passes = _GRADIENT + _sampled(fraction) + fraction * _PRODUCT * entries
+    return Cost(passes, states=entries * precision)
 
 
-def reverse_cost(window: int, *, recomputes: bool) -> Cost:
+def reverse_cost(window: int, *, recomputes: bool, fraction: float = 1.0) -> Cost:
     """Count Reverse-HG: 9 F, or 12 F where gradients are computed again, less the last product.
 
     Of a window's last product only the hyperparameters' part is needed.
@@ -55,6 +60,7 @@ def reverse_cost(window: int, *, recomputes: bool) -> Cost:
     Args:
         window: Steps between outer updates.
         recomputes: Whether gradients are computed again rather than graphs kept.
+        fraction: Share of the examples on which that is done, and products are taken.
 
     Returns:
         The cost.
@@ -63,6 +69,11 @@ def reverse_cost(window: int, *, recomputes: bool) -> Cost:
         >>> reverse_cost(2, recomputes=True).ratio
         3.0
     """
-    gradients = 2 if recomputes else 1
-    passes = gradients * _GRADIENT + _PRODUCT * (1 - 1 / window)
+    again = fraction * _GRADIENT if recomputes else 0
+    passes = _GRADIENT + again + fraction * _PRODUCT * (1 - 1 / window)
     return Cost(passes, states=window, graphs=0 if recomputes else window)
+
+
+def _sampled(fraction: float) -> float:
+    """Count the gradient of a sample, which is none where that is the whole batch."""
+    return 0 if fraction == 1 else fraction * _GRADIENT

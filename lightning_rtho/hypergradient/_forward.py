@@ -52,6 +52,9 @@ class ForwardHypergradient(AbstractHypergradient):
         hypers: The hyperparameters, natural values, each ``[*H]``, m entries together.
         discount: Weight of the history: Z_t = discount A_t Z_{t-1} + B_t. 1 is exact, 0 looks one
             step back.
+        needs_replay: Whether losses are computed again, as for products on samples of them.
+        tangent_dtype: What Z is kept in; None for what the weights are. Products and updates are
+            computed in that of the weights.
 
     Example:
         >>> w = torch.tensor([1.0], requires_grad=True)
@@ -65,10 +68,18 @@ class ForwardHypergradient(AbstractHypergradient):
     """
 
     def __init__(
-        self, params: Sequence[Tensor], hypers: Sequence[Tensor], discount: float = 1.0
+        self,
+        params: Sequence[Tensor],
+        hypers: Sequence[Tensor],
+        discount: float = 1.0,
+        *,
+        needs_replay: bool = False,
+        tangent_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(params, hypers)
         self.discount = discount
+        self._needs_replay = needs_replay
+        self._dtype = tangent_dtype
         self.reset()
 
     def reset(self) -> None:
@@ -78,6 +89,8 @@ class ForwardHypergradient(AbstractHypergradient):
         self._grads: list[Tensor | None] = [None] * len(self.params)
         self._grads_dot: list[Tensor | None] = [None] * len(self.params)
         self._pending: Linearization | None = None
+        self._replay: Replay | None = None
+        self._is_sampled = False
         self._is_discounted = True
         self._edited: Tensor | None = None
 
@@ -96,7 +109,7 @@ class ForwardHypergradient(AbstractHypergradient):
         """See :meth:`AbstractHypergradient.load_state_dict`."""
         self.reset()
         self.tangents = [
-            {name: value.to(param.device) for name, value in tangent.items()}
+            {name: self._kept(value.to(param.device)) for name, value in tangent.items()}
             for tangent, param in zip(state["tangents"], self.params, strict=True)
         ]
         device = self.params[0].device
@@ -113,24 +126,39 @@ class ForwardHypergradient(AbstractHypergradient):
     @property
     def needs_replay(self) -> bool:
         """See :attr:`AbstractHypergradient.needs_replay`."""
-        return False
+        return self._needs_replay
 
     def start(self, buffers: Iterable[Tensor] = ()) -> None:
         """See :meth:`AbstractHypergradient.start`; nothing to prepare."""
 
-    def record(self, loss: TracedLoss, replay: Replay | None = None) -> list[Tensor | None]:
+    def record(self, loss: TracedLoss, replay: Replay | None = None) -> list[Tensor | None] | None:
         """See :meth:`AbstractHypergradient.record`; adds to g_dot = H Z + dg/dlambda."""
         self._settle()
         if self.discount != 1 and not self._is_discounted:
             self._discount_history()
         self._is_discounted = True
+        if replay is not None and self.needs_replay:
+            self._replay = replay  # until backward has let the loss's graph go
+            return None
+        return self._linearize(loss).scaled_gradients
+
+    def _linearize(self, loss: TracedLoss) -> Linearization:
+        """Make ready for products with the loss's Hessian."""
         self._pending = Linearization(loss, self.params, self.hypers)
         for index, gradient in enumerate(self._pending.gradients):
             self._grads[index] = add(self._grads[index], gradient)
-        return self._pending.scaled_gradients
+        return self._pending
+
+    def _compute_again(self) -> None:
+        """Linearize the loss that is computed again, before the weights move."""
+        if self._replay is not None:
+            replay, self._replay = self._replay, None
+            self._is_sampled = replay.is_sample
+            self._linearize(replay())
 
     def _settle(self) -> None:
         """Add what the last loss gives to the tangents of the gradients, and let its graph go."""
+        self._compute_again()
         if self._pending is None:
             return
         for columns in self._chunks():
@@ -157,7 +185,10 @@ class ForwardHypergradient(AbstractHypergradient):
         products = []
         if self._pending is not None:
             for entry in columns:
-                params = [t["param"][entry] if t else None for t in self.tangents]
+                params = [
+                    t["param"][entry].to(param.dtype) if t else None
+                    for t, param in zip(self.tangents, self.params, strict=True)
+                ]
                 products.append(
                     self._pending.product(
                         params,
@@ -220,6 +251,7 @@ class ForwardHypergradient(AbstractHypergradient):
         if not step.transitions:
             self.forget_gradients(range(len(self.params)))
             return
+        self._compute_again()
         self._look_for_edits(step)
         stepped = {transition.index for transition in step.transitions}
         if any(grad is not None and i not in stepped for i, grad in enumerate(self._grads)):
@@ -253,15 +285,19 @@ class ForwardHypergradient(AbstractHypergradient):
     def _write(self, index: int, columns: range, new: StateTangent) -> None:
         """Write some columns of a parameter's tangent."""
         if len(columns) == self.entries:
-            self.tangents[index] = new
+            self.tangents[index] = {name: self._kept(value) for name, value in new.items()}
             return
         whole = self.tangents[index]
         for name, value in new.items():
             if name not in whole:
-                whole[name] = value.new_zeros(self.entries, *value.shape[1:])
+                whole[name] = self._kept(value[:0]).new_zeros(self.entries, *value.shape[1:])
             part = whole[name][columns.start : columns.stop]
             if part.data_ptr() != value.data_ptr():  # unless it was written in place
                 part.copy_(value)
+
+    def _kept(self, tangent: Tensor) -> Tensor:
+        """Return a tangent as it is kept; counts ``[m]`` stay as they are."""
+        return tangent if self._dtype is None or tangent.dim() < 2 else tangent.to(self._dtype)
 
     def _end_step(self, step: OptimizerStep) -> None:
         """Forget the gradients that the step has used."""
@@ -270,8 +306,8 @@ class ForwardHypergradient(AbstractHypergradient):
 
     def _look_for_edits(self, step: OptimizerStep) -> None:
         """Compare the optimizer's gradients with the losses'; among processes, at first alone."""
-        if is_distributed() and self._edited is not None:
-            return  # it would cost as much communication as another tangent
+        if self._is_sampled or (is_distributed() and self._edited is not None):
+            return  # not the step's, or as much communication as another tangent
         traced = [self._grads[transition.index] for transition in step.transitions]
         found = edited(step, mean_over_ranks(traced, like=step.raw_grads))
         self._edited = found if self._edited is None else self._edited | found
@@ -290,7 +326,7 @@ class ForwardHypergradient(AbstractHypergradient):
         """Columns of the tangent of a parameter's state, each tensor ``[len(columns), ...]``."""
         known = self.tangents[transition.index]
         return {
-            name: known[name][columns.start : columns.stop]
+            name: known[name][columns.start : columns.stop].to(value.dtype)
             if name in known
             else value.new_zeros(len(columns), *value.shape)
             for name, value in transition.state.items()
@@ -324,7 +360,11 @@ class ForwardHypergradient(AbstractHypergradient):
             [*tangents, *statistics], [*outer.params, *outer.statistics], strict=True
         ):
             if tangent is not None and gradient is not None:
-                total += (tangent.reshape(self.entries, -1) @ gradient.flatten()).to(total)
+                vector = gradient.flatten()
+                for columns in self._chunks():
+                    part = tangent[columns.start : columns.stop].reshape(len(columns), -1)
+                    products = part.to(vector.dtype) @ vector
+                    total[columns.start : columns.stop] += products.to(total)
         return total
 
     def weight_tangents(self) -> list[Tensor | None]:
@@ -334,7 +374,9 @@ class ForwardHypergradient(AbstractHypergradient):
     def sensitivity(self, slopes: Tensor) -> float:
         """See :meth:`AbstractHypergradient.sensitivity`; infinite where Z is not finite."""
         norms = [
-            tangent.reshape(self.entries, -1).norm(dim=1)
+            tangent.reshape(self.entries, -1).norm(
+                dim=1, dtype=torch.promote_types(tangent.dtype, torch.float32)
+            )
             for tangent in self.weight_tangents()
             if tangent is not None
         ]

@@ -1,6 +1,6 @@
 """Reverse-HG over a window: a cotangent of the training state, pulled back through its steps."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, final
 
 from torch import Tensor
@@ -18,7 +18,7 @@ from lightning_rtho.hypergradient._base import (
     are_finite,
     edited,
 )
-from lightning_rtho.hypergradient._tape import Tape
+from lightning_rtho.hypergradient._tape import RecordedStep, Tape
 from lightning_rtho.linearization import Linearization, TracedLoss, fused_step_vjp
 
 __all__ = ["ReverseHypergradient"]
@@ -80,11 +80,11 @@ class ReverseHypergradient(AbstractHypergradient):
         betas = list(outer.statistics)
         total = self._flat(outer.hypers)
         try:
-            for step, losses in self.tape.backward(self.params, self.hypers):
-                grads_bar = self._pull_back_update(step, alphas, total)
+            for recorded in self.tape.backward(self.params, self.hypers):
+                grads_bar = self._pull_back_update(recorded.step, alphas, total)
                 is_first = len(self.tape) == 0
-                total += self._pull_back_losses(step, losses, alphas, betas, grads_bar, is_first)
-                del step, losses, grads_bar  # before the tape makes the next
+                total += self._pull_back_losses(recorded, alphas, betas, grads_bar, is_first)
+                del recorded, grads_bar  # before the tape makes the next
         finally:  # a window that cannot be read ends, too
             self.reset()
         return total
@@ -111,15 +111,14 @@ class ReverseHypergradient(AbstractHypergradient):
 
     def _pull_back_losses(
         self,
-        step: OptimizerStep,
-        losses: Sequence[Callable[[], Linearization]],
+        recorded: RecordedStep,
         alphas: list[StateCotangent],
         betas: list[Tensor | None],
         grads_bar: Sequence[Tensor],
         is_first: bool,
     ) -> Tensor:
         """Pull the gradient's cotangent back to the weights; return dE/dlambda's part ``[m]``."""
-        transitions = step.transitions
+        step, transitions = recorded.step, recorded.step.transitions
         vectors: list[Tensor | None] = [None] * len(self.params)
         for transition, grad_bar in zip(transitions, grads_bar, strict=True):
             vectors[transition.index] = grad_bar
@@ -127,7 +126,7 @@ class ReverseHypergradient(AbstractHypergradient):
         traced: list[Tensor | None] = [None] * len(self.params)
         pulled: list[Tensor | None] = [None] * len(self.params)
         products: list[Tensor] = []
-        for linearize in reversed(losses):
+        for linearize in reversed(recorded.linearizations):
             linearization = linearize()
             # Once a run: the structure of its graphs is that of the first.
             if not self._verified and not linearization.still_holds():
@@ -150,7 +149,8 @@ class ReverseHypergradient(AbstractHypergradient):
             pulled_back = add(alpha.get("param"), part)
             if pulled_back is not None:
                 alpha["param"] = pulled_back
-        if transitions and self._edited(step, [traced[t.index] for t in transitions]):
+        is_traced = transitions and not recorded.is_sampled
+        if is_traced and self._edited(step, [traced[t.index] for t in transitions]):
             raise GradientMismatchError(
                 "The gradient given to the optimizer is not the loss's: something between backward "
                 "and the optimizer's step changes gradients, or `training_step` does not compute "

@@ -27,10 +27,12 @@ class RecordedStep(NamedTuple):
     Attributes:
         step: The step, with copies of its tensors.
         linearizations: One for each micro-batch of its gradient, made when called.
+        is_sampled: Whether they are of samples, whose gradients are not the step's.
     """
 
     step: OptimizerStep
     linearizations: Sequence[Callable[[], Linearization]]
+    is_sampled: bool = False
 
 
 class Tape(ABC):
@@ -132,7 +134,7 @@ class _ReplayTape(Tape):
 
     Gradients come back with the losses, so that a fingerprint is enough of them; they are kept
     where a step has several losses, each linearized in its turn, or several processes, which
-    would have to average them again.
+    would have to average them again, and where losses are computed on samples.
     """
 
     needs_replay = True
@@ -163,7 +165,8 @@ class _ReplayTape(Tape):
     def advance(self, step: OptimizerStep, params: Sequence[Tensor]) -> None:
         """See :meth:`Tape.advance`."""
         prints = None
-        if step.transitions and len(self._losses) == 1 and not is_distributed():
+        is_whole = len(self._losses) == 1 and not self._losses[0].is_sample
+        if step.transitions and is_whole and not is_distributed():
             prints = fingerprint(_gradients(step))
             step = _without_gradients(step)
         arena = self._arenas.take(self._place(params[0].device), _size(step, params))
@@ -187,7 +190,8 @@ class _ReplayTape(Tape):
             _write(params, kept.weights)
             step = _copy_step(kept.step, fetch)
             if kept.fingerprint is None:
-                return RecordedStep(step, [partial(linearize, replay) for replay in kept.losses])
+                lines = [partial(linearize, replay) for replay in kept.losses]
+                return RecordedStep(step, lines, any(loss.is_sample for loss in kept.losses))
             line = linearize(kept.losses[0])
             step = _with_gradients(step, line.gradients, kept.fingerprint)
             return RecordedStep(step, [partial(_identity, line)])

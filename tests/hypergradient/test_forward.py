@@ -197,3 +197,39 @@ def test_the_number_of_live_tensors_stays_flat():
         assert count() == before
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("size", [100, 2**19])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tangents_of_half_precision_are_off_by_its_rounding(size, dtype):
+    steps = 6
+
+    def follow(tangent_dtype):
+        torch.manual_seed(0)
+        hypers = hyperparameters({"lr": 0.1, "rho": 0.5})
+        w = torch.randn(size, dtype=torch.float32, requires_grad=True)
+        optimizer = torch.optim.SGD([w], lr=hypers["lr"], momentum=0.9)
+        run = Run(optimizer, hypers, partial(ForwardHypergradient, tangent_dtype=tangent_dtype))
+        for _ in range(steps):
+            run.step(lambda: hypers["rho"] * (w.square() + 0.1 * w**4).mean() * size)
+        hypergradient = run.hypergradient(lambda: w.square().mean())
+        return hypergradient, run.method
+
+    exact, _ = follow(None)
+    found, method = follow(dtype)
+    kept = {value.dtype for tangent in method.tangents for value in tangent.values()}
+    assert kept == {dtype}
+    # Each step rounds Z once, by eps / 2 at most; weights and velocity take turns.
+    torch.testing.assert_close(found, exact, rtol=2 * steps * torch.finfo(dtype).eps, atol=0)
+    assert not torch.equal(found, exact)
+
+
+def test_tangents_of_another_precision_are_kept_in_it_after_loading():
+    case = CASES["adam"]
+    run, _, params, loss = _run(case)
+    for step in range(3):
+        run.step(loss(step))
+    state = run.method.state_dict()
+    method = ForwardHypergradient(params, run.hypers, tangent_dtype=torch.bfloat16)
+    method.load_state_dict(state, None)
+    assert all(t["param"].dtype == torch.bfloat16 for t in method.tangents)
