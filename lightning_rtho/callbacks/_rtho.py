@@ -152,11 +152,8 @@ class RTHO(HypergradientCallback):
     @override
     def _plans(self, entries: int) -> tuple[Plan, Plan]:
         window, fraction = self.hyper_batch_size, self.curvature_fraction
-        precision = (
-            1.0
-            if self.tangent_dtype is None
-            else (self.tangent_dtype.itemsize / torch.get_default_dtype().itemsize)
-        )
+        usual = torch.get_default_dtype()
+        precision = (self.tangent_dtype or usual).itemsize / usual.itemsize
         arguments = f"hyper_batch_size={window}"
         reverse = reverse_cost(window, recomputes=True, fraction=fraction)
         return (

@@ -124,7 +124,7 @@ def _memory(plan: Plan, state_size: int, keeps_best: bool) -> str:
 
 
 def _count(number: float, noun: str) -> str:
-    return f"{number:g} {noun}" if number == 1 else f"{number} {noun}s"
+    return f"{number:g} {noun}" if number == 1 else f"{number:g} {noun}s"
 
 
 def _megabytes(size: float) -> str:

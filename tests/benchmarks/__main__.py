@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from tests.benchmarks.cosine import compare_directions, cosine_table
 from tests.benchmarks.floor import floor
 from tests.benchmarks.growth import grow
 from tests.benchmarks.memory import peak_memory
@@ -43,6 +44,10 @@ def main() -> None:
                 memory=not args.no_memory,
             )
             results = {**_place(device), "options": options, "records": records}
+        elif workload == "cosine":
+            records = compare_directions(options, device)
+            results = {**_place(device), "options": options, "records": records}
+            print(f"\n{cosine_table(records)}", flush=True)
         else:
             results = _measure(workload, options, device, args)
             print(f"\n{table(results)}", flush=True)
@@ -53,8 +58,10 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tests.benchmarks", description=(__doc__ or "").splitlines()[0]
     )
-    names = [*WORKLOADS, "growth"]
-    parser.add_argument("--workloads", nargs="+", choices=names, default=[*_DEFAULT, "growth"])
+    names = [*WORKLOADS, "cosine", "growth"]
+    parser.add_argument(
+        "--workloads", nargs="+", choices=names, default=[*_DEFAULT, "cosine", "growth"]
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="all that apply by default")
     parser.add_argument("--repeats", type=int, default=5, help="times to go round all methods")
     parser.add_argument("--windows", type=int, default=3, help="windows measured in each training")

@@ -1,12 +1,14 @@
 """The least that a method can cost, in plain gradients."""
 
 from lightning_rtho.hypergradient import forward_cost, reverse_cost
+from tests.benchmarks.methods import FRACTION
 
 __all__ = ["floor"]
 
-_FORWARD = {"rtho", "forward_loop"}
+_FORWARD = {"rtho", "forward_loop", "rtho_quarter", "rtho_bfloat16"}
 _REVERSE = {"trho_keep", "reverse_loop", "higher", "torchopt", "betty"}
-_RECOMPUTING = {"trho_recompute", "trho_offload"}
+_RECOMPUTING = {"trho_recompute", "trho_offload", "trho_quarter"}
+_SAMPLING = {"rtho_quarter", "trho_quarter"}
 
 
 def floor(method: str, *, entries: int, hyper_batch_size: int) -> float:
@@ -15,7 +17,8 @@ def floor(method: str, *, entries: int, hyper_batch_size: int) -> float:
     A product with the Hessian takes 6 F. Forward mode takes one for each hyperparameter entry;
     reverse mode one a step but for the last of a window, of which only the hyperparameters' part
     is needed, and 3 F more to recompute the gradient. The gradient of the outer objective, which
-    adds 1 / `hyper_batch_size` where validation batches are as large, is not counted.
+    adds 1 / `hyper_batch_size` where validation batches are as large, is not counted. Products on
+    a fraction f of the examples take 6 f F, and the gradient of these 3 f F.
 
     Args:
         method: Its name in ``METHODS``.
@@ -25,8 +28,10 @@ def floor(method: str, *, entries: int, hyper_batch_size: int) -> float:
     Returns:
         The ratio.
     """
+    fraction = FRACTION if method in _SAMPLING else 1.0
     if method in _FORWARD:
-        return forward_cost(entries).ratio
+        return forward_cost(entries, fraction).ratio
     if method in _REVERSE | _RECOMPUTING:
-        return reverse_cost(hyper_batch_size, recomputes=method in _RECOMPUTING).ratio
+        again = method in _RECOMPUTING
+        return reverse_cost(hyper_batch_size, recomputes=again, fraction=fraction).ratio
     return 1.0

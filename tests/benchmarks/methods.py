@@ -14,7 +14,7 @@ from lightning_rtho.callbacks import HypergradientCallback
 from tests.benchmarks import loops, peers
 from tests.benchmarks.workloads import Task
 
-__all__ = ["METHODS", "TITLES", "Method", "available_methods"]
+__all__ = ["FRACTION", "METHODS", "TITLES", "Method", "available_methods"]
 
 
 class Method(Protocol):
@@ -100,13 +100,19 @@ def _rtho(**settings: Any) -> Method:
     )
 
 
-def _trho(make_tape: Callable[[], Any]) -> Method:
+def _trho(make_tape: Callable[[], Any], **settings: Any) -> Method:
     return _fit(
         lambda task: TRHO(
-            hyper_batch_size=task.hyper_batch_size, outer_optimizer=_outer, tape=make_tape()
+            hyper_batch_size=task.hyper_batch_size,
+            outer_optimizer=_outer,
+            tape=make_tape(),
+            **settings,
         )
     )
 
+
+FRACTION = 0.25
+"""Share of a batch's examples that products are taken on, in the methods below the floor."""
 
 METHODS: dict[str, Method] = {
     "plain": _fit(),
@@ -114,6 +120,9 @@ METHODS: dict[str, Method] = {
     "trho_keep": _trho(KeepGraph),
     "trho_recompute": _trho(Recompute),
     "trho_offload": _trho(Offload),
+    "rtho_quarter": _rtho(curvature_fraction=FRACTION),
+    "trho_quarter": _trho(Recompute, curvature_fraction=FRACTION),
+    "rtho_bfloat16": _rtho(tangent_dtype=torch.bfloat16),
     "idle": _rtho(start_step=10**9),
     "forward_loop": loops.forward_loop,
     "reverse_loop": loops.reverse_loop,
@@ -128,6 +137,9 @@ TITLES = {
     "trho_keep": "`TRHO(tape=KeepGraph())`",
     "trho_recompute": "`TRHO(tape=Recompute())`",
     "trho_offload": '`TRHO(tape=Offload("cpu"))`',
+    "rtho_quarter": "`RTHO(curvature_fraction=0.25)`",
+    "trho_quarter": "`TRHO(curvature_fraction=0.25)`",
+    "rtho_bfloat16": "`RTHO(tangent_dtype=torch.bfloat16)`",
     "idle": "`RTHO(start_step=...)`, observing nothing yet",
     "forward_loop": "forward mode by hand",
     "reverse_loop": "reverse mode by hand, unrolled",

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks.cosine import cosine_table
 from tests.benchmarks.growth import SWEEPS
 from tests.benchmarks.methods import TITLES
 from tests.benchmarks.workloads import WORKLOADS
@@ -21,7 +22,7 @@ _NOTES = """\
 Made by `python -m tests.benchmarks` and `python -m tests.benchmarks.report`.
 
 - **Time**: seconds a step over those of the same `Trainer.fit` without a callback, run just before and just after in the same process; the first window of each is left out. Median over repeats, smallest and largest in brackets. Evaluations of the outer objective, on a validation batch as large as a training batch, are part of every method.
-- **Floor**: counted passes, with 3 F for a plain gradient: RTHO 3 F + 6 m F, TRHO 9 F with kept graphs and 12 F recomputing, less the last product of a window, of which only the hyperparameters' part is needed. The outer objective's gradient, 1 / window more, is not in it.
+- **Floor**: counted passes, with 3 F for a plain gradient: RTHO 3 F + 6 m F, TRHO 9 F with kept graphs and 12 F recomputing, less the last product of a window, of which only the hyperparameters' part is needed. The outer objective's gradient, 1 / window more, is not in it. On a fraction f of the examples a product takes 6 f F, and the gradient below it 3 f F more.
 - **Memory**: peak of a training in a process of its own, over that of plain training. `training` is counted above what the libraries take, `process` with them. `states` is the peak above plain training's in units of one training state (weights and optimizer buffers).
 - Loops by hand and peers train without Lightning and leave the hyperparameters where they are; a test holds their hypergradients against ours.
 - Betty 0.2.1 runs with three repairs: its `IterativeProblem` patches the optimizer twice, reads an attribute that is not there, and is installed by `pip install --ignore-requires-python betty-ml` on Python 3.11 and later.
@@ -121,6 +122,12 @@ def main() -> None:
     parts = ["# Benchmarks", _NOTES]
     for place in dict.fromkeys(machine(results) for results in measured):
         parts += [f"## {place}", *(table(r) for r in measured if machine(r) == place)]
+    cosine = args.input / "cosine.json"
+    if cosine.exists():
+        parts += [
+            "## Below the floor: cosine to the exact hypergradient",
+            cosine_table(json.loads(cosine.read_text())["records"]),
+        ]
     growth = args.input / "growth.json"
     if growth.exists():
         results = json.loads(growth.read_text())

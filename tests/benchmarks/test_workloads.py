@@ -8,6 +8,8 @@ from tests.benchmarks.methods import METHODS, available_methods
 from tests.benchmarks.workloads import WORKLOADS, make_task
 
 CPU = torch.device("cpu")
+BELOW_THE_FLOOR = ("rtho_quarter", "trho_quarter", "rtho_bfloat16")
+"""Methods that give an estimate; tests of their own hold it against the exact one."""
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +30,7 @@ def test_all_methods_give_the_same_hypergradient(workload: str) -> None:
     assert reference is not None
     assert reference.any()
     for method, result in results.items():
-        if method != "idle":
+        if method not in ("idle", *BELOW_THE_FLOOR):
             # float32, whose rounding Adam's quotient enlarges
             torch.testing.assert_close(
                 result.double(), reference, rtol=1e-2, atol=1e-3 * reference.abs().max().item(),
@@ -40,3 +42,5 @@ def test_the_floor_is_that_of_counted_passes() -> None:
     assert floor("rtho", entries=4, hyper_batch_size=5) == 9
     assert floor("trho_keep", entries=4, hyper_batch_size=5) == pytest.approx(2.6)
     assert floor("trho_recompute", entries=4, hyper_batch_size=5) == pytest.approx(3.6)
+    assert floor("rtho_quarter", entries=4, hyper_batch_size=5) == 3.25
+    assert floor("trho_quarter", entries=4, hyper_batch_size=5) == pytest.approx(1.65)

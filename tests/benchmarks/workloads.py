@@ -91,7 +91,7 @@ class Phone(Task):
     summary = "5-layer ReLU network, 15.7 M weights, batch 200, SGD with momentum"
     methods = (
         "rtho", "forward_loop", "trho_keep", "trho_recompute", "trho_offload", "reverse_loop",
-        "higher", "torchopt", "betty", "idle",
+        "higher", "torchopt", "betty", "rtho_quarter", "trho_quarter", "rtho_bfloat16", "idle",
     )  # fmt: skip
 
     def __init__(self, smaller: int = 1, width: int = 2000, hyper_batch_size: int = 5) -> None:
@@ -192,7 +192,10 @@ class Cnn(Task):
     """Digits by convolutions: 3.3 M weights, Adam."""
 
     summary = "two convolutions and two linear layers, 3.3 M weights, batch 50, Adam"
-    methods = ("rtho", "forward_loop", "trho_keep", "trho_recompute", "reverse_loop", "idle")
+    methods = (
+        "rtho", "forward_loop", "trho_keep", "trho_recompute", "reverse_loop", "rtho_quarter",
+        "trho_quarter", "idle",
+    )  # fmt: skip
 
     def __init__(self, smaller: int = 1, hyper_batch_size: int = 10) -> None:
         first, second, hidden = 32 // smaller, 64 // smaller, 1024 // smaller
