@@ -15,7 +15,7 @@ from tests.benchmarks.workloads import make_task
 
 __all__ = ["compare_directions", "cosine_table"]
 
-_STEPS = 200
+_STEPS = 100
 _TASKS = {"phone": {"smaller": 4}, "cnn": {"smaller": 2}}
 _FRACTIONS = (0.5, 0.25, 0.125)
 
