@@ -57,7 +57,7 @@ class CurvatureSample:
         """
         self._seed, self.is_checked = state["seed"], state["is_checked"]
 
-    def draw(self, batch: Any, *place: int) -> Any | None:
+    def draw(self, batch: Any, *place: int) -> Any:
         """Draw examples of a batch.
 
         Args:
@@ -65,15 +65,13 @@ class CurvatureSample:
             place: Where the run stands.
 
         Returns:
-            The batch with the drawn examples alone; None where these are all.
+            The batch with the drawn examples alone, at least one.
 
         Raises:
             MisconfigurationException: If no tensor tells how many examples there are.
         """
         size = _size(batch)
         count = max(1, round(self.fraction * size))
-        if count >= size:
-            return None
         key = repr((self._seed, self._rank, *place))
         return _take(batch, sorted(random.Random(key).sample(range(size), count)), size)
 

@@ -137,8 +137,7 @@ class FollowedRun:
             self._sample.check(batch, self._module, lambda part: replay(batch=part)().value)
             return replay(batch=batch)
         drawn = self._sample.draw(batch, self._trainer.global_step, batch_idx)
-        whole = drawn is None
-        return replay(batch=batch if whole else drawn, is_sample=not whole)
+        return replay(batch=drawn, is_sample=True)
 
     def _take_in_parameters(self) -> None:
         """Take in parameters that the optimizer has been given since."""

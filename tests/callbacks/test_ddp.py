@@ -30,6 +30,9 @@ METHODS = {
     "recompute": lambda: TRHO(hyper_batch_size=3),
     "keep graph": lambda: TRHO(hyper_batch_size=3, tape=KeepGraph()),
     "offload": lambda: TRHO(hyper_batch_size=3, tape=Offload("cpu")),
+    # Of so few examples all are drawn: products are taken as on samples, and are exact.
+    "forward, drawn": lambda: RTHO(hyper_batch_size=3, curvature_fraction=0.99),
+    "reverse, drawn": lambda: TRHO(hyper_batch_size=3, curvature_fraction=0.99),
     "metric": lambda: RTHO(hyper_batch_size=3, objective=MeanSquaredError()),
 }
 
@@ -133,6 +136,8 @@ def run(
         ("recompute", {}, False, {"gradient_clip_val": 0.5, "accumulate_grad_batches": 2}),
         ("keep graph", {}, False, {}),
         ("metric", {}, False, {}),
+        ("forward, drawn", {}, False, {"accumulate_grad_batches": 2}),
+        ("reverse, drawn", {}, False, {"gradient_clip_val": 0.5}),
         ("offload", {"find_unused_parameters": True}, True, {}),
     ],
     ids=str,
