@@ -29,6 +29,7 @@ import torch
 from data import Examples, Split, batches_of, load_mnist, load_speech
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator
 from runs import Archive, mean_and_error, prepare_process, run_missing
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -286,7 +287,7 @@ def print_table(results: Sequence[Result]) -> None:
 def draw(results: Sequence[Result]) -> Figure:
     """Draw test error over the start of the learning rate: a row a task, a column an optimizer."""
     tasks = [task for task in TASKS if group_of(results, task=task)]
-    figure = Figure(figsize=(11, 1 + 3.4 * len(tasks)), layout="constrained")
+    figure = Figure(figsize=(11, 1 + 2.7 * len(tasks)), layout="constrained")
     panels = figure.subplots(len(tasks), len(TUNED), sharex=True, sharey="row", squeeze=False)
     for row, task in zip(panels, tasks, strict=True):
         for ax, optimizer in zip(row, TUNED, strict=True):
@@ -320,7 +321,9 @@ def draw_panel(ax: Axes, results: Sequence[Result]) -> None:
         )
     ax.set_xscale("log")
     ax.set_yscale("log")
-    ax.set_yticks([2, 5, 10, 20, 50, 100], ["2", "5", "10", "20", "50", "100"])
+    ax.yaxis.set_major_locator(FixedLocator([2, 5, 10, 20, 50, 100]))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.minorticks_off()
     ax.grid(alpha=0.25)
 
 
