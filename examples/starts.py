@@ -321,7 +321,7 @@ def draw_panel(ax: Axes, results: Sequence[Result]) -> None:
         )
     ax.set_xscale("log")
     ax.set_yscale("log")
-    ax.yaxis.set_major_locator(FixedLocator([2, 5, 10, 20, 50, 100]))
+    ax.yaxis.set_major_locator(FixedLocator([2, 3, 5, 10, 20, 30, 50, 100]))
     ax.yaxis.set_major_formatter("{x:g}")
     ax.minorticks_off()
     ax.grid(alpha=0.25)
