@@ -46,6 +46,11 @@ METHODS = {
     "fixed": Fixed("start values, fixed", START),
     "RTHO": Tuned("`RTHO`, hyper-batches of 100", START, partial(RTHO, hyper_batch_size=100)),
     "RTHO-10": Tuned("`RTHO`, hyper-batches of 10 (default)", START, RTHO),
+    "RTHO-quarter": Tuned(
+        "`RTHO`, hyper-batches of 100, `curvature_fraction=0.25`",
+        START,
+        partial(RTHO, hyper_batch_size=100, curvature_fraction=0.25),
+    ),
     "finder": RateFinder("`LearningRateFinder`, then fixed", START),
     "optuna": Search(
         "Optuna, TPE with pruning, time of the first `RTHO`",

@@ -18,6 +18,7 @@ import gc
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -78,6 +79,9 @@ METHODS = {
         share=2.0,
     ),
     "RTHO": Tuned("`RTHO`", TEACHER, RTHO),
+    "RTHO-quarter": Tuned(
+        "`RTHO`, `curvature_fraction=0.25`", TEACHER, partial(RTHO, curvature_fraction=0.25)
+    ),
     "RTHO-NT": Tuned("`RTHO`, no teacher", NOTHING, RTHO),
     "TRHO": Tuned("`TRHO`", TEACHER, TRHO),
     "finder": RateFinder("`LearningRateFinder`, then fixed", TEACHER),
