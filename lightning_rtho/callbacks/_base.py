@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 from typing_extensions import override
 
+from lightning_rtho.callbacks._bar import ReadableBar
 from lightning_rtho.callbacks._checks import (
     check_modules,
     check_optimizers,
@@ -101,6 +102,7 @@ class HypergradientCallback(Callback):
         self._descent: HyperparameterDescent | None = None
         self._sample: CurvatureSample | None = None
         self._safeguard: Safeguard | None = None
+        self._bar: ReadableBar | None = None
         self._next_update = hyper_batch_size
         self._resumed: dict[str, Any] | None = None
         self._random_state: dict[str, Any] | None = None
@@ -208,6 +210,7 @@ class HypergradientCallback(Callback):
         self._objective(self._run.method.params, self._run.method.hypers, peek=True)
         if self.summary:
             self._print_summary(trainer, pl_module)
+        self._bar = ReadableBar(trainer.progress_bar_callback, prefix="hyperparameter/")
         self._diagnostics.start(trainer)
 
     def _print_summary(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -507,6 +510,9 @@ class HypergradientCallback(Callback):
     def _end(self, trainer: Trainer) -> None:
         if self._run is not None:
             self._run.end()
+        if self._bar is not None:
+            self._bar.end()
+        self._bar = None
         self._run = self._objective = self._descent = self._safeguard = self._sample = None
         trainer.optimizers = [
             o.optimizer if isinstance(o, DifferentiableOptimizer) else o for o in trainer.optimizers

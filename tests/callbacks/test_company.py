@@ -1,6 +1,8 @@
 """Other callbacks and changes in mid-run."""
 
 import io
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
 
 import lightning as L
@@ -9,12 +11,15 @@ import torch
 from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
+    Callback,
     EarlyStopping,
     GradientAccumulationScheduler,
     ModelCheckpoint,
     RichProgressBar,
     StochasticWeightAveraging,
+    TQDMProgressBar,
 )
+from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, optim
 
@@ -173,14 +178,58 @@ def test_what_is_measured_can_be_monitored(method, monitor, tmp_path):
     assert [update.step for update in stopped.schedule] == [5, 10]
 
 
-def test_rich_progress_bar_shows_the_values():
+def on_screen(make_bar: Callable[[], Callback], *callbacks: Callback, lr: float) -> str:
+    """Train and return what the bar has shown."""
     screen = io.StringIO()
-    bar = RichProgressBar(console_kwargs={"file": screen, "force_terminal": True, "width": 200})
-    bar.theme.metrics_format = ".6f"
+    module = SmallNet(lr=lr)
+    with redirect_stdout(screen), redirect_stderr(screen):
+        fit(module, *callbacks, make_bar(), steps=4, enable_progress_bar=True)
+    return screen.getvalue()
+
+
+def rich(metrics_format: str = ".3f") -> RichProgressBar:
+    return RichProgressBar(
+        theme=RichProgressBarTheme(metrics_format=metrics_format),
+        console_kwargs={"force_terminal": True, "width": 200},
+    )
+
+
+@pytest.mark.parametrize(
+    ("make_bar", "shown"),
+    [
+        (TQDMProgressBar, "hyperparameter/lr={:.3g}"),
+        (rich, "hyperparameter/lr: {:.3g}"),
+        (lambda: rich(".9f"), "hyperparameter/lr: {:.9f}"),
+    ],
+    ids=["tqdm", "rich", "rich with a format of the user's"],
+)
+@pytest.mark.parametrize("lr", [1e-1, 1e-4, 1e-7])
+def test_progress_bar_shows_small_values(make_bar, shown, lr):
     callback = RTHO(["lr"], hyper_batch_size=2)
-    fit(SmallNet(lr=0.1), callback, bar, steps=4, enable_progress_bar=True)
-    value = callback.hyperparameters["lr"].item()
-    assert f"hyperparameter/lr: {value:.6f}" in screen.getvalue()
+    screen = on_screen(make_bar, callback, lr=lr)
+    for update in callback.schedule:
+        # TQDM writes 1e-07 as 1e-7 and pads with zeros.
+        text = shown.format(update.values["lr"].item())
+        assert text.replace("e-0", "e-") in screen.replace("e-0", "e-")
+
+
+def test_progress_bar_shows_what_others_log_as_without_the_callback():
+    class Logging(SmallNet):
+        def training_step(self, batch, batch_idx):
+            self.log("small", 1e-4, prog_bar=True)
+            return super().training_step(batch, batch_idx)
+
+    screen = io.StringIO()
+    with redirect_stdout(screen):
+        fit(Logging(lr=0.1), RTHO(["lr"], hyper_batch_size=2), rich(), enable_progress_bar=True)
+    assert "small: 0.000" in screen.getvalue()
+
+
+def test_progress_bar_is_given_back():
+    bar = rich()
+    before = bar.get_metrics
+    fit(SmallNet(lr=0.1), RTHO(["lr"], hyper_batch_size=2), bar, enable_progress_bar=True)
+    assert bar.get_metrics == before
 
 
 class OwnWarmup(SmallNet):
