@@ -255,7 +255,7 @@ class Wide(Untouched):
         (ReturnsLoss, regression.MeanSquaredError(), "`outer_step` must return two .* shape"),
         (Detached, regression.MeanSquaredError(), "got `MeanSquaredError`, whose value has no"),
         (Untouched, Rounded(), "got `Rounded`, whose value has no graph"),
-        (Wide, regression.PearsonCorrCoef(num_outputs=2), "a metric with one value, got `Pear"),
+        (Wide, regression.CosineSimilarity(reduction="none"), "a metric with one value, got `Cos"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
