@@ -51,6 +51,7 @@ def compare_directions(options: dict[str, Any], device: torch.device) -> list[di
                     "workload": workload,
                     "method": method.__name__,
                     "way": way,
+                    "updates": len(found),
                     "cosine": statistics.median(cosines),
                     "least_cosine": min(cosines),
                     "last_cosine": cosines[-1],
@@ -106,14 +107,14 @@ def cosine_table(records: list[dict[str, Any]]) -> str:
         The table, in Markdown.
     """
     lines = [
-        f"Of each update of {_STEPS} steps that are observed: the phone network at a quarter of "
-        "its width, the cnn at half of it.",
+        "Over the updates of a training that is observed: the phone network at a quarter of its "
+        "width, the cnn at half of it.",
         "",
-        "| workload | | median cosine | least | last | median relative error |",
-        "|---|---|---|---|---|---|",
+        "| workload | | updates | median cosine | least | last | median relative error |",
+        "|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {r['workload']} | `{r['method']}({r['way']})` | {r['cosine']:.3f} | "
+        f"| {r['workload']} | `{r['method']}({r['way']})` | {r['updates']} | {r['cosine']:.3f} | "
         f"{r['least_cosine']:.3f} | {r['last_cosine']:.3f} | {r['error']:.3f} |"
         for r in records
     ]
