@@ -202,6 +202,7 @@ class HypergradientCallback(Callback):
                     optimizers,
                     hypers,
                     self._descent,
+                    self.hyper_batch_size,
                     judges_objective=self._sign > 0,
                 )
         if self._resumed is not None:
@@ -333,8 +334,18 @@ class HypergradientCallback(Callback):
         if safeguard is not None:
             safeguard.look_at(value)
         if self._descent is not None:
-            self._descent.step(hypergradient)
+            self._move(self._descent, method, hypergradient)
         self._write_down(trainer, value, hypergradient, sensitivity, None)
+
+    def _move(
+        self, descent: HyperparameterDescent, method: AbstractHypergradient, hypergradient: Tensor
+    ) -> None:
+        """Move the hyperparameters, and the history with them."""
+        old = descent.jacobian() if method.keeps_history else None
+        descent.step(hypergradient)
+        if old is not None:
+            memory = 1.0 if self._safeguard is None else self._safeguard.memory
+            method.transport(old, descent.jacobian(), memory)
 
     def _write_down(
         self,

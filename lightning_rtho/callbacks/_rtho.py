@@ -18,7 +18,7 @@ from lightning_rtho.hypergradient import (
     forward_cost,
     reverse_cost,
 )
-from lightning_rtho.outer import OuterOptimizerCallable, adam
+from lightning_rtho.outer import OuterOptimizerCallable, rprop
 
 __all__ = ["RTHO"]
 
@@ -28,9 +28,11 @@ class RTHO(HypergradientCallback):
 
     Carries Z_t = A_t Z_{t-1} + B_t, the derivative of weights and optimizer state by the
     hyperparameters, through every optimizer step, and every `hyper_batch_size` steps moves
-    lambda <- lambda - eta grad E_val . Z_t. Z is not reset: it holds the whole history. Memory is
-    m training states, flat in time; each of the m hyperparameter entries costs about two plain
-    gradients a step. For few hyperparameters; for many see `TRHO`.
+    lambda <- lambda - eta grad E_val . Z_t. Z is not reset: it holds the whole history, as a
+    derivative by what is moved, the values in log, logit or other raw space. When they move, Z is
+    taken along: a learning rate's past is scaled as a whole. Memory is m training states, flat in
+    time; each of the m hyperparameter entries costs about two plain gradients a step. For few
+    hyperparameters; for many see `TRHO`.
 
     Over several processes (DDP) the tangents of the gradient are averaged every step, m numbers
     for each weight, and the validation gradient every update.
@@ -40,7 +42,8 @@ class RTHO(HypergradientCallback):
             optimizer (``"lr"``, ``"weight_decay"``, ``"beta1"``), each with its natural domain; a
             dict to choose the domains; None for all that the module declares.
         hyper_batch_size: Optimizer steps between outer updates.
-        outer_optimizer: Makes a torch optimizer of the list of raw tensors; None observes:
+        outer_optimizer: Makes a torch optimizer of the list of raw tensors, by default Rprop, whose
+            steps of 1 to 65 % depend on the hypergradients' signs alone; None observes:
             hypergradients are computed and logged, nothing is moved, and training is bitwise what
             it is without the callback.
         dataloader: Data of the outer objective; None takes the trainer's validation loader.
@@ -63,12 +66,13 @@ class RTHO(HypergradientCallback):
         discount: Weight of the history in Z; 1 is exact, 0 looks one step back.
         start_step: Optimizer step from which on the run is followed, with Z = 0.
         stop_step: Optimizer step from which on it is not followed any more; None for never.
-        safeguard: Whether to lower the learning rate where the run is chaotic (a sensitivity above
-            100), and to take a run that is lost back to its best state so far, with a third of the
-            rate: one whose outer objective is 5 % above its start or not finite, or whose weights
-            have moved more than twice their length from the best state without a gain of 20 % for
-            every two lengths. That state is one more copy of the training state, also in
-            checkpoints. With an `objective` to be maximized, whose size says nothing of how far
+        safeguard: Whether to let the history count 1 % less for every step since, taken off where
+            the hyperparameters move; to halve the learning rate where the run is chaotic (a
+            sensitivity above 5); and to take a run that is lost back to its best state so far, with
+            a tenth of the rate: one whose outer objective is 5 % above its start or not finite, or
+            whose weights have moved more than twice their length from the best state without a gain
+            of 20 % for every two lengths. That state is one more copy of the training state, also
+            in checkpoints. With an `objective` to be maximized, whose size says nothing of how far
             it has fallen, no run goes back.
         summary: Whether to print before the run what is tuned, where it acts, and what that will
             cost in time and memory.
@@ -98,7 +102,7 @@ class RTHO(HypergradientCallback):
         hyperparameters: Selection = None,
         *,
         hyper_batch_size: int = 10,
-        outer_optimizer: OuterOptimizerCallable | None = adam,
+        outer_optimizer: OuterOptimizerCallable | None = rprop,
         dataloader: Iterable[Any] | None = None,
         outer_batches: int = 1,
         objective: Metric | None = None,

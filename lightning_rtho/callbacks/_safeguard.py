@@ -21,17 +21,25 @@ from lightning_rtho.outer import Backtracking, HyperparameterDescent
 
 __all__ = ["Safeguard"]
 
-_CHAOS = 100.0
+_MEMORY = 0.99
+"""Weight that each step leaves the history of hypergradients, taken off where they move."""
+
+_CHAOS = 5.0
 """Sensitivity from which on the sign of a hypergradient means nothing.
 
-Runs that learn stay below 40 and seldom pass that; chaotic ones pass 1,000 within 50 steps.
+With this memory networks that learn stay below 2 and seldom pass 4; where the rate is so large that
+they do not, 100 is passed within 150 steps, and meanwhile signs are random.
 """
 
-_CALMING = 3.0 ** (1 / 3)
+_CALMING = 2.0
 """What a learning rate is divided by where the run is chaotic."""
 
-_RETREAT = 3.0
-"""What it is divided by where the run is lost."""
+_RETREAT = 10.0
+"""What it is divided by where the run is lost.
+
+Rates just below the lowest one that is lost still do harm to a network, which lasts; the best lie
+about ten times lower, and are soon found from below.
+"""
 
 
 class Safeguard:
@@ -46,10 +54,13 @@ class Safeguard:
         optimizers: The module's optimizers.
         hypers: The hyperparameters, each ``[*H]``.
         descent: What moves them.
+        hyper_batch_size: Optimizer steps between outer updates.
         judges_objective: Whether the outer objective tells a lost run. How far it has risen is
             measured by its size, which means nothing for one that may be of either sign.
 
     Attributes:
+        memory: Weight that an outer update leaves the history: what a run owes to values of long
+            ago says little of those that its hyperparameters have now.
         best_step: Optimizer steps after which the best state was kept.
         counts: How often each of the two was done.
     """
@@ -61,6 +72,7 @@ class Safeguard:
         optimizers: Sequence[DifferentiableOptimizer],
         hypers: Sequence[Hyperparameter],
         descent: HyperparameterDescent,
+        hyper_batch_size: int,
         *,
         judges_objective: bool = True,
     ) -> None:
@@ -72,6 +84,7 @@ class Safeguard:
         self._backtracking = Backtracking()
         self._best: dict[str, Any] = {}
         self._best_values: list[Tensor] = []
+        self.memory = _MEMORY**hyper_batch_size
         self.best_step = 0
         self.counts = {"lowered": 0, "restored": 0}
 
@@ -129,7 +142,7 @@ class Safeguard:
         self._descent.restart()
         self._method.reset()
         self._note("restored", f"the outer objective was {value:.3g}, so the run went back to its "
-                   "best state so far, with a third of the learning rate")  # fmt: skip
+                   "best state so far, with a tenth of the learning rate")  # fmt: skip
         return True
 
     def calms(self, sensitivity: float) -> bool:

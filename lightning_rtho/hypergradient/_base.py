@@ -207,6 +207,21 @@ class AbstractHypergradient(ABC):
             GradientMismatchError: If a step's gradient was not that of its recorded losses.
         """
 
+    @property
+    @abstractmethod
+    def keeps_history(self) -> bool:
+        """Whether a hypergradient looks behind the last one."""
+
+    @abstractmethod
+    def transport(self, old: Tensor, new: Tensor, memory: float) -> None:
+        """Take the history along to other values of the hyperparameters.
+
+        Args:
+            old: Jacobian of natural by raw values before they moved ``[m, m]``.
+            new: The same where they are now ``[m, m]``.
+            memory: Weight of the history from now on.
+        """
+
     def weight_tangents(self) -> list[Tensor | None]:
         """Return dw/dlambda of all parameters, each ``[m, *P]``; None is zero, or not known."""
         return [None] * len(self.params)

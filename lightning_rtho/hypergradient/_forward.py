@@ -367,6 +367,26 @@ class ForwardHypergradient(AbstractHypergradient):
                     total[columns.start : columns.stop] += products.to(total)
         return total
 
+    @property
+    def keeps_history(self) -> bool:
+        """See :attr:`AbstractHypergradient.keeps_history`."""
+        return True
+
+    def transport(self, old: Tensor, new: Tensor, memory: float) -> None:
+        r"""See :meth:`AbstractHypergradient.transport`; Z <- memory J_new^-T J_old^T Z.
+
+        With lambda = T(u), each step's part of Z was made where T had another slope. What is moved
+        is u, and what a common shift of all u so far does to the weights, J^T Z, stays what it is:
+        a learning rate's past is scaled as a whole, not by what is added to its present value.
+        """
+        self._settle()
+        change = memory * torch.linalg.solve(new.T, old.T)
+        parts = [value for tangent in self.tangents for value in tangent.values()]
+        grads = [grad for grad in self._grads_dot if grad is not None]
+        for part in (*parts, *self.statistic_tangents.values(), *grads):
+            exact = torch.promote_types(part.dtype, torch.float32)
+            part.copy_(torch.tensordot(change.to(part.device, exact), part.to(exact), dims=1))
+
     def weight_tangents(self) -> list[Tensor | None]:
         """See :meth:`AbstractHypergradient.weight_tangents`; the part of Z that is the weights'."""
         return [tangent.get("param") for tangent in self.tangents]

@@ -60,6 +60,14 @@ class ReverseHypergradient(AbstractHypergradient):
     def forget_gradients(self, indices: Iterable[int]) -> None:
         """See :meth:`AbstractHypergradient.forget_gradients`; here every step begins anew."""
 
+    @property
+    def keeps_history(self) -> bool:
+        """See :attr:`AbstractHypergradient.keeps_history`."""
+        return False
+
+    def transport(self, old: Tensor, new: Tensor, memory: float) -> None:
+        """See :meth:`AbstractHypergradient.transport`; every window begins with no history."""
+
     def start(self, buffers: Iterable[Tensor] = ()) -> None:
         """See :meth:`AbstractHypergradient.start`."""
         self.tape.start(self.params, buffers)

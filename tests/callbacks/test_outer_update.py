@@ -1,6 +1,7 @@
 """Outer updates: how hyperparameters move, what is written down, what is shown."""
 
-import functools
+import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,14 @@ from torch import optim
 from torch.nn import functional as F
 
 from lightning_rtho import RTHO, TRHO, Hyperparameter, Interval, KeepGraph, Positive, Schedule
-from tests.callbacks.problems import VAL_SIZE, SmallNet, fit, loader
+from tests.callbacks.problems import (
+    VAL_SIZE,
+    SmallNet,
+    finite_difference,
+    fit,
+    loader,
+    validation_loss,
+)
 
 METHODS = {"rtho": RTHO, "trho": TRHO}
 
@@ -32,9 +40,9 @@ def test_learning_rate_grows_where_it_is_too_small(method):
 @pytest.mark.parametrize(
     "outer_optimizer",
     [
-        functools.partial(optim.SGD, lr=0.1),
-        functools.partial(optim.RMSprop, lr=0.1),
-        functools.partial(optim.Adam, lr=0.1),
+        partial(optim.SGD, lr=0.1),
+        partial(optim.RMSprop, lr=0.1),
+        partial(optim.Adam, lr=0.1),
     ],
     ids=["sgd", "rmsprop", "adam"],
 )
@@ -47,6 +55,46 @@ def test_any_torch_optimizer_moves_them_against_the_hypergradient(method, outer_
         assert (value - 0.01).sign() == -update.hypergradients[name].sign()
         assert value == callback.hyperparameters[name]
     assert module.l2.item() == callback.hyperparameters["l2"]
+
+
+class _Along(L.Callback):
+    """Gives the optimizer the settings of a schedule, by hand."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def on_train_batch_end(self, trainer, *args):
+        trainer.optimizers[0].param_groups[0].update(self.values.get(trainer.global_step, {}))
+
+
+def test_hypergradients_on_the_way_are_by_a_shift_of_all_raw_values_so_far():
+    """Against plain runs along the same schedule, shifted in the coordinates that are moved."""
+    start = {"lr": 0.02, "momentum": 0.6}
+    callback = RTHO(["lr", "momentum"], hyper_batch_size=2, safeguard=False)
+    fit(SmallNet(**start), callback, steps=10)
+    past = {0: start} | {
+        u.step: {name: value.item() for name, value in u.values.items()} for u in callback.schedule
+    }
+    del past[10]
+    assert past[8]["lr"] > 1.4 * past[0]["lr"]  # so far that the coordinates matter
+
+    def loss_at(shift, name):
+        def shifted(values):
+            lr, momentum = values["lr"], values["momentum"]
+            lasting, logit = math.log(lr / (1 - momentum)), math.log(momentum / (1 - momentum))
+            lasting, logit = lasting + shift * (name == "lr"), logit + shift * (name != "lr")
+            momentum = 1 / (1 + math.exp(-logit))
+            return {"lr": math.exp(lasting) * (1 - momentum), "momentum": momentum}
+
+        module = SmallNet(**shifted(past[0]))
+        fit(module, _Along({step: shifted(values) for step, values in past.items()}), steps=10)
+        return validation_loss(module)
+
+    lr, momentum = past[8].values()
+    by_lr, by_momentum = (callback.hypergradients[name].item() for name in past[0])
+    found = [lr * by_lr, (by_momentum - by_lr * lr / (1 - momentum)) * momentum * (1 - momentum)]
+    expected = [finite_difference(0.0, partial(loss_at, name=name)) for name in past[0]]
+    assert found == pytest.approx(expected, rel=1e-7)  # ten steps, differences of fourth order
 
 
 def test_values_stay_in_their_domains():

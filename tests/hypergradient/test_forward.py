@@ -32,13 +32,26 @@ def _run(case, discount=1.0):
     return run, hypers, params, lambda step: partial(PROBLEM.inner, params, lambdas, step)
 
 
-def _reference(case, steps, start=None, states=None, shifts=lambda step: {}):
-    """Hypergradient of the unrolled run; `shifts` are added to the hyperparameters of a step."""
+def _flat(hypers):
+    """All natural values in one vector ``[m]``."""
+    return torch.cat([hyper.plain.flatten() for hyper in hypers.values()])
+
+
+def _reference(case, steps, start=None, states=None, shifts=lambda step: {}, factors=None):
+    """Hypergradient of the unrolled run; `shifts` are added to the hyperparameters of a step.
+
+    With `factors` they are moved in log space instead, and so is the derivative.
+    """
     lambdas = leaves(case.settings | PROBLEM.loss_hypers)
+    if factors is not None:
+        lambdas = {n: value.detach().log().requires_grad_() for n, value in lambdas.items()}
     current = start or [w.requires_grad_() for w in PROBLEM.start]
     buffers = states or [{} for _ in current]
     for step in steps:
-        shifted = {name: value + shifts(step).get(name, 0.0) for name, value in lambdas.items()}
+        if factors is None:
+            shifted = {name: value + shifts(step).get(name, 0.0) for name, value in lambdas.items()}
+        else:
+            shifted = {name: value.exp() * factors(step, name) for name, value in lambdas.items()}
         grads = torch.autograd.grad(
             PROBLEM.inner(current, shifted, step), current, create_graph=True
         )
@@ -79,6 +92,52 @@ def test_hyperparameters_may_move_on_the_way(name):
         run.hypergradient(lambda: PROBLEM.outer(params)),
         _reference(case, range(6), shifts=lambda step: moved if step >= 3 else {}),
         rtol=1e-10,
+        atol=0,
+    )
+
+
+@pytest.mark.parametrize("name", ["sgd-momentum", "adam"])
+def test_history_that_is_taken_along_is_that_of_a_shift_of_all_raw_values(name):
+    # lambda = exp(u): what three steps owe to a rate ten times smaller is scaled with it.
+    run, hypers, params, loss = _run(CASES[name])
+    factors = {"lr": 10.0, "l2": 3.0, "momentum": 0.5}
+    for step in range(6):
+        if step == 3:
+            old = _flat(hypers).diag()
+            for key, hyper in hypers.items():
+                hyper.plain.mul_(factors.get(key, 1.0))
+            run.method.transport(old, _flat(hypers).diag(), 1.0)
+            run.optimizer.write_hyperparameters()
+        run.step(loss(step))
+    found = run.hypergradient(lambda: PROBLEM.outer(params))
+    torch.testing.assert_close(
+        found * _flat(hypers),
+        _reference(
+            CASES[name],
+            range(6),
+            factors=lambda step, key: factors.get(key, 1.0) if step >= 3 else 1.0,
+        ),
+        rtol=1e-10,  # entry by entry, after 6 steps
+        atol=0,
+    )
+
+
+def test_memory_is_the_weight_of_what_lies_behind():
+    case = CASES["adam"]
+    run, _, params, loss = _run(case)
+    for step in range(3):
+        run.step(loss(step))
+    run.method.transport(torch.eye(run.method.entries), torch.eye(run.method.entries), 0.25)
+    start = [p.detach().clone().requires_grad_() for p in params]
+    states = torch_states(run.optimizer, params)
+    for step in range(3, 6):
+        run.step(loss(step))
+    whole = _reference(case, range(6))
+    window = _reference(case, range(3, 6), start, states)
+    torch.testing.assert_close(
+        run.hypergradient(lambda: PROBLEM.outer(params)),
+        0.25 * whole + 0.75 * window,
+        rtol=1e-9,  # of a difference of entries that are alike
         atol=0,
     )
 

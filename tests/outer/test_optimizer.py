@@ -1,5 +1,6 @@
 """Descent on hyperparameters in the raw coordinates of their domains."""
 
+import itertools
 from functools import partial
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch.autograd.functional import jacobian
 
 from lightning_rtho import Hyperparameter, Interval, NonNegative, Positive, Real
-from lightning_rtho.outer import HyperparameterDescent, adam
+from lightning_rtho.outer import HyperparameterDescent, rprop
 
 POINTS = {
     "real": (Real(), -0.7),
@@ -79,7 +80,7 @@ def test_a_non_negative_value_reaches_0_and_comes_back():
 
 def test_a_value_at_the_end_of_its_interval_can_be_moved():
     hyper = Hyperparameter(0.0, Interval(0, 1))
-    HyperparameterDescent([hyper], adam).step(torch.tensor([-1.0]))
+    HyperparameterDescent([hyper], rprop).step(torch.tensor([-1.0]))
     assert 0 < hyper.item() < 0.01
 
 
@@ -102,10 +103,9 @@ def test_projection_keeps_a_raw_value_from_running_away():
         partial(torch.optim.AdamW, lr=0.1),
         partial(torch.optim.RMSprop, lr=0.1),
         partial(torch.optim.Adagrad, lr=0.1),
-        partial(torch.optim.Rprop, lr=0.1),
-        adam,
+        rprop,
     ],
-    ids=["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Rprop", "default"],
+    ids=["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "default"],
 )
 def test_any_torch_optimizer_moves_the_raw_values_as_it_moves_weights(make):
     hyper = Hyperparameter([0.5, 2.0], Positive())
@@ -121,17 +121,34 @@ def test_any_torch_optimizer_moves_the_raw_values_as_it_moves_weights(make):
     torch.testing.assert_close(hyper.plain, twin.detach().exp(), rtol=1e-12, atol=0)  # 5 steps
 
 
-def test_the_default_changes_a_rate_by_a_tenth_whatever_the_scale_of_the_objective():
-    for scale in (1e-4, 1e4):
-        hyper = Hyperparameter(0.01, Positive())
-        HyperparameterDescent([hyper], adam).step(torch.tensor([scale]))
-        # exp(-0.1); Adam's eps of 1e-8 beside a raw gradient of 1e-6 takes 1 % off the step.
-        assert hyper.item() == pytest.approx(0.01 * 0.904837, rel=2e-3)
+def _moves(signs, scale=1.0):
+    """Raw moves of a rate under hypergradients of these signs, by the default."""
+    hyper = Hyperparameter(0.01, Positive())
+    descent, raw = HyperparameterDescent([hyper], rprop), [hyper.plain.log().item()]
+    for sign in signs:
+        descent.step(torch.tensor([scale * sign]))
+        raw.append(hyper.plain.log().item())
+    return [new - old for old, new in itertools.pairwise(raw)]
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_the_default_moves_further_as_long_as_the_sign_stays_whatever_the_scale(scale):
+    moves = _moves([-1.0] * 12, scale)
+    # 10 % at first, 1.2 times the last each time, 65 % at most; rounding of exp and log.
+    assert moves == pytest.approx([min(0.1 * 1.2**k, 0.5) for k in range(12)], rel=1e-9)
+
+
+def test_the_default_rests_where_the_sign_is_noise():
+    generator = torch.Generator().manual_seed(0)
+    moves = _moves((torch.randint(2, (300,), generator=generator) * 2 - 1).tolist())
+    # A sign that changes halves the step and is passed over, one that stays lengthens it by 1.2.
+    assert sum(abs(move) for move in moves[50:]) / 250 < 0.015
+    assert all(abs(move) < 0.5 + 1e-9 for move in moves)
 
 
 def test_a_vector_keeps_its_dtype():
     hyper = Hyperparameter(torch.ones(2, dtype=torch.float32), Positive())
-    HyperparameterDescent([hyper], adam).step(torch.tensor([1.0, -1.0], dtype=torch.float64))
+    HyperparameterDescent([hyper], rprop).step(torch.tensor([1.0, -1.0], dtype=torch.float64))
     assert hyper.dtype is torch.float32
     assert hyper[0] < 1 < hyper[1]
 
@@ -140,7 +157,7 @@ def test_values_are_written_in_place_and_stay_as_live_as_they_were():
     hyper = Hyperparameter(0.1, Positive())
     hyper.requires_grad_()
     address = hyper.data_ptr()
-    HyperparameterDescent([hyper], adam).step(torch.tensor([1.0]))
+    HyperparameterDescent([hyper], rprop).step(torch.tensor([1.0]))
     assert hyper.data_ptr() == address
     assert hyper.requires_grad
     assert hyper.is_leaf
