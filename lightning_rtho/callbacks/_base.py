@@ -32,7 +32,7 @@ from lightning_rtho.callbacks._run import FollowedRun, schedulers_of
 from lightning_rtho.callbacks._safeguard import Safeguard
 from lightning_rtho.callbacks._selection import Selection, select_hyperparameters
 from lightning_rtho.callbacks._summary import Plan, summary_of
-from lightning_rtho.hypergradient import AbstractHypergradient, Fault, OuterGradient
+from lightning_rtho.hypergradient import AbstractHypergradient, Fault
 from lightning_rtho.hyperparameters import Hyperparameter
 from lightning_rtho.optim import DifferentiableOptimizer
 from lightning_rtho.outer import HyperparameterDescent, OuterOptimizerCallable, relative_slopes
@@ -311,7 +311,7 @@ class HypergradientCallback(Callback):
         """Measure the hypergradient, move the hyperparameters, write down what was done."""
         assert self._objective is not None
         outer = self._objective(method.params, method.hypers)
-        value, safeguard = outer.value.item(), self._safeguard
+        value, is_finite, safeguard = outer.value.item(), outer.is_finite(), self._safeguard
 
         def evaluate_again() -> float:
             assert self._objective is not None
@@ -326,10 +326,10 @@ class HypergradientCallback(Callback):
         sensitivity = method.sensitivity(relative_slopes(list(self._tuned.values())))
         if self._diagnostics:
             self._diagnose(trainer, hypergradient)
-        if safeguard is not None and outer.is_finite() and safeguard.calms(sensitivity):
+        if safeguard is not None and is_finite and safeguard.calms(sensitivity):
             self._write_down(trainer, value, hypergradient, sensitivity, "lowered")
             return
-        if self._is_frozen(trainer, method, outer, hypergradient):
+        if self._is_frozen(trainer, method, is_finite, hypergradient):
             return
         if safeguard is not None:
             safeguard.look_at(value)
@@ -397,14 +397,14 @@ class HypergradientCallback(Callback):
         self,
         trainer: Trainer,
         method: AbstractHypergradient,
-        outer: OuterGradient,
+        is_outer_finite: bool,
         hypergradient: Tensor,
     ) -> bool:
         """Tell whether the hyperparameters stay, since something is not finite; count and warn."""
         last = trainer.global_step - 1  # counted as the methods count
         faults = method.take_faults()
         frozen = any(fault.step == last for fault in faults)
-        if not outer.is_finite():
+        if not is_outer_finite:
             faults.append(Fault(last, "outer objective or its gradient"))
             frozen = True
         elif not bool(hypergradient.isfinite().all()):

@@ -96,7 +96,7 @@ class Fault(NamedTuple):
     cause: str
 
 
-@dataclass(frozen=True)
+@dataclass
 class OuterGradient:
     """Outer objective E and its partial derivatives at the present weights.
 
@@ -111,6 +111,11 @@ class OuterGradient:
     params: Sequence[Tensor | None]
     hypers: Sequence[Tensor | None]
     statistics: Sequence[Tensor | None] = ()
+
+    def release_params(self) -> list[Tensor | None]:
+        """Return dE/dw and let go of it, so that it need not outlive its use."""
+        params, self.params = list(self.params), ()
+        return params
 
     def is_finite(self) -> bool:
         """Tell whether value and derivatives are finite."""
@@ -198,7 +203,8 @@ class AbstractHypergradient(ABC):
         """Return the total derivative of the outer objective by all hyperparameters.
 
         Args:
-            outer: Derivatives of the outer objective at the weights after the last step.
+            outer: Derivatives of the outer objective at the weights after the last step; those by
+                the weights may be released.
 
         Returns:
             dE/dlambda with respect to natural values ``[m]``, float64.

@@ -3,10 +3,12 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, final
 
+import torch
 from torch import Tensor
 
 from lightning_rtho._types import StateCotangent
 from lightning_rtho.distributed import is_distributed, mean_over_ranks
+from lightning_rtho.hypergradient._arena import Arena
 from lightning_rtho.hypergradient._base import (
     AbstractHypergradient,
     GradientMismatchError,
@@ -19,7 +21,7 @@ from lightning_rtho.hypergradient._base import (
     edited,
 )
 from lightning_rtho.hypergradient._tape import RecordedStep, Tape
-from lightning_rtho.linearization import Linearization, TracedLoss, fused_step_vjp
+from lightning_rtho.linearization import Linearization, TracedLoss, fused_step_vjp, is_large
 
 __all__ = ["ReverseHypergradient"]
 
@@ -82,16 +84,22 @@ class ReverseHypergradient(AbstractHypergradient):
 
     def hypergradient(self, outer: OuterGradient) -> Tensor:
         """See :meth:`AbstractHypergradient.hypergradient`; ends the window."""
-        alphas: list[StateCotangent] = [
-            {} if gradient is None else {"param": gradient} for gradient in outer.params
-        ]
+        alphas = _cotangents(outer.release_params())
         betas = list(outer.statistics)
         total = self._flat(outer.hypers)
         try:
             for recorded in self.tape.backward(self.params, self.hypers):
+                is_finite = are_finite(recorded.step.raw_grads)
                 grads_bar = self._pull_back_update(recorded.step, alphas, total)
+                recorded = recorded.after_update()
                 is_first = len(self.tape) == 0
-                total += self._pull_back_losses(recorded, alphas, betas, grads_bar, is_first)
+                part, products = self._pull_back_losses(
+                    recorded, alphas, betas, grads_bar, is_first
+                )
+                total += part
+                if recorded.step.transitions:
+                    # Products with what was not finite before are not the fault of this step.
+                    self._note(recorded.step, is_finite, products | ~are_finite(grads_bar))
                 del recorded, grads_bar  # before the tape makes the next
         finally:  # a window that cannot be read ends, too
             self.reset()
@@ -124,8 +132,15 @@ class ReverseHypergradient(AbstractHypergradient):
         betas: list[Tensor | None],
         grads_bar: Sequence[Tensor],
         is_first: bool,
-    ) -> Tensor:
-        """Pull the gradient's cotangent back to the weights; return dE/dlambda's part ``[m]``."""
+    ) -> tuple[Tensor, Tensor]:
+        """Pull the gradient's cotangent back to the weights.
+
+        Returns:
+            The part of dE/dlambda ``[m]``, and whether the products are finite, a boolean ``[]``.
+
+        Raises:
+            GradientMismatchError: If the step's gradient was not that of its losses.
+        """
         step, transitions = recorded.step, recorded.step.transitions
         vectors: list[Tensor | None] = [None] * len(self.params)
         for transition, grad_bar in zip(transitions, grads_bar, strict=True):
@@ -142,6 +157,8 @@ class ReverseHypergradient(AbstractHypergradient):
                     "A graph that was kept gives another gradient now that the weights have moved, "
                     "as activation checkpointing makes it do. Use `TRHO(tape=Recompute())`."
                 )
+            if step.is_traced is None:
+                traced = [add(*pair) for pair in zip(traced, linearization.gradients, strict=True)]
             product = linearization.product(
                 vectors,
                 [None] * len(self.hypers),
@@ -151,12 +168,10 @@ class ReverseHypergradient(AbstractHypergradient):
             )
             total += self._flat(product.hypers)
             products += [part for part in (*product.params, *product.hypers) if part is not None]
-            traced = [add(*pair) for pair in zip(traced, linearization.gradients, strict=True)]
             pulled = [add(*pair) for pair in zip(pulled, product.params, strict=True)]
         for alpha, part in zip(alphas, mean_over_ranks(pulled, like=self.params), strict=True):
-            pulled_back = add(alpha.get("param"), part)
-            if pulled_back is not None:
-                alpha["param"] = pulled_back
+            if part is not None:
+                _add_to(alpha, part)
         is_traced = transitions and not recorded.is_sampled
         if is_traced and self._edited(step, [traced[t.index] for t in transitions]):
             raise GradientMismatchError(
@@ -165,12 +180,8 @@ class ReverseHypergradient(AbstractHypergradient):
                 "the same loss twice. Clip by `Trainer(gradient_clip_val=...)` and scale the loss "
                 "rather than its gradient."
             )
-        if transitions:
-            # Products with what was not finite before are not the fault of this step.
-            is_finite = are_finite(products) | ~are_finite(grads_bar)
-            self._note(step, are_finite(step.raw_grads), is_finite)
         (mean,) = mean_over_ranks([total], like=[total])
-        return total if mean is None else mean
+        return total if mean is None else mean, are_finite(products)
 
     def _edited(self, step: OptimizerStep, traced: Sequence[Tensor | None]) -> bool:
         """Compare the optimizer's gradients with the losses'; among processes, at first alone."""
@@ -192,6 +203,22 @@ class ReverseHypergradient(AbstractHypergradient):
     def reset(self) -> None:
         """See :meth:`AbstractHypergradient.reset`; empties the tape."""
         self.tape.clear()
+
+
+def _cotangents(gradients: Sequence[Tensor | None]) -> list[StateCotangent]:
+    """Copy grad E, each ``[*P]``, to memory that cotangents will be written to in place."""
+    given = [gradient for gradient in gradients if gradient is not None]
+    arena = Arena(given[0].device if given else torch.device("cpu"), Arena.size_of(given))
+    return [{} if gradient is None else {"param": arena.copy(gradient)} for gradient in gradients]
+
+
+def _add_to(alpha: StateCotangent, part: Tensor) -> None:
+    """Add to the weights' cotangent, in place where it owns its memory."""
+    known = alpha.get("param")
+    if known is None:
+        alpha["param"] = part.clone()
+    else:
+        alpha["param"] = known.add_(part) if is_large(part) else known + part
 
 
 def _pull_back_statistics(

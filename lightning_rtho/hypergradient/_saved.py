@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from lightning_rtho.hypergradient._arena import Arena
+
 __all__ = ["SavedWeights"]
 
 
@@ -45,7 +47,7 @@ class SavedWeights:
         >>> saved = SavedWeights([w], [])
         >>> with saved.hooks():
         ...     loss = (w**2).sum()
-        >>> (copy,) = saved.copy([w])
+        >>> (copy,) = saved.copy([w], Arena(w.device, saved.size()))
         >>> with torch.no_grad():
         ...     w += 1
         >>> torch.autograd.grad(loss, w)
@@ -55,29 +57,34 @@ class SavedWeights:
     """
 
     def __init__(self, weights: Iterable[Tensor], buffers: Iterable[Tensor]) -> None:
-        self._storages = {_address(w): w.untyped_storage() for w in weights if _is_dense(w)}
+        self._bytes = {_address(w): _bytes_of(w) for w in weights if _is_dense(w)}
         self._buffers = {_address(buffer) for buffer in buffers if _is_dense(buffer)}
 
     def hooks(self) -> saved_tensors_hooks:
         """Return a context for everything that makes graphs to be kept."""
         return saved_tensors_hooks(self._pack, self._unpack)
 
-    def copy(self, weights: Iterable[Tensor]) -> list[Tensor]:
+    def size(self) -> int:
+        """Return how many bytes of an arena the copies take."""
+        return Arena.size_of(self._bytes.values())
+
+    def copy(self, weights: Iterable[Tensor], arena: Arena) -> list[Tensor]:
         """Copy the weights before they are overwritten; the graphs share the copies.
 
         Args:
             weights: Weights, each ``[*P]``.
+            arena: Where the copies are made.
 
         Returns:
             Their copies, each ``[*P]``.
         """
-        self._storages = {at: storage.clone() for at, storage in self._storages.items()}
+        self._bytes = {at: arena.copy(content) for at, content in self._bytes.items()}
         return [self._view(_locate(w)) if _is_dense(w) else w.detach().clone() for w in weights]
 
     def _pack(self, tensor: Tensor) -> _View | _Saved:
         if _is_dense(tensor):
             address = _address(tensor)
-            if address in self._storages:
+            if address in self._bytes:
                 return _locate(tensor)
             if address in self._buffers or tensor.dim() == 0:
                 tensor = tensor.clone()
@@ -96,13 +103,19 @@ class SavedWeights:
         return packed.tensor
 
     def _view(self, view: _View) -> Tensor:
-        storage = self._storages[view.storage]
-        empty = torch.empty(0, dtype=view.dtype, device=storage.device)
-        return empty.set_(storage, view.offset, view.size, view.stride)
+        content = self._bytes[view.storage]
+        empty = torch.empty(0, dtype=view.dtype, device=content.device)
+        start = int(content.storage_offset()) // view.dtype.itemsize  # which arenas align
+        return empty.set_(content.untyped_storage(), start + view.offset, view.size, view.stride)
 
 
 def _is_dense(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and tensor.numel() > 0
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """Everything in a tensor's storage, as bytes."""
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
 def _address(tensor: Tensor) -> int:

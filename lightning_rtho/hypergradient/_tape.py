@@ -34,6 +34,12 @@ class RecordedStep(NamedTuple):
     linearizations: Sequence[Callable[[], Linearization]]
     is_sampled: bool = False
 
+    def after_update(self) -> "RecordedStep":
+        """Let the gradients go, once they are pulled back through the update and need no check."""
+        if self.step.is_traced is None:
+            return self
+        return self._replace(step=_without_gradients(self.step))
+
 
 class Tape(ABC):
     """Records a window of optimizer steps.
@@ -187,8 +193,7 @@ class _ReplayTape(Tape):
             return Linearization(replay(), params, hypers)
 
         def recall(kept: _ReplayStep) -> RecordedStep:
-            _write(params, kept.weights)
-            step = _copy_step(kept.step, fetch)
+            step = _copy_step(_at(params, kept.step), fetch)
             if kept.fingerprint is None:
                 lines = [partial(linearize, replay) for replay in kept.losses]
                 return RecordedStep(step, lines, any(loss.is_sample for loss in kept.losses))
@@ -196,14 +201,21 @@ class _ReplayTape(Tape):
             step = _with_gradients(step, line.gradients, kept.fingerprint)
             return RecordedStep(step, [partial(_identity, line)])
 
-        present = [param.detach().clone() for param in params]
+        last = self._steps[-1] if self._steps else None
         try:
             while self._steps:
                 kept = self._steps.pop()
+                if kept is last:  # whose memory keeps the present weights meanwhile
+                    _exchange(params, kept.weights)
+                else:
+                    _write(params, kept.weights)
                 yield recall(kept)
-                self._arenas.give_back(kept.arena)
+                if kept is not last:
+                    self._arenas.give_back(kept.arena)
         finally:
-            _write(params, present)
+            if last is not None:
+                _write(params, last.weights)
+                self._arenas.give_back(last.arena)
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -300,7 +312,8 @@ class KeepGraph(Tape):
 
     def __init__(self) -> None:
         self._losses: list[Linearization] = []
-        self._steps: list[tuple[OptimizerStep, list[Linearization]]] = []
+        self._steps: list[tuple[OptimizerStep, list[Linearization], Arena]] = []
+        self._arenas = Arenas()
         self._saved: SavedWeights | None = None
         self._hooks = ExitStack()
 
@@ -327,8 +340,13 @@ class KeepGraph(Tape):
     def advance(self, step: OptimizerStep, params: Sequence[Tensor]) -> None:
         """See :meth:`Tape.advance`."""
         self._hooks.close()
-        copies = params if self._saved is None else self._saved.copy(params)
+        saved = SavedWeights(params, []) if self._saved is None else self._saved
         self._saved = None
+        states = [transition.state for transition in step.transitions]
+        buffers = [x for state in states for name, x in state.items() if name != "param"]
+        size = saved.size() + Arena.size_of(buffers)
+        arena = self._arenas.take(params[0].device, size)
+        copies = saved.copy(params, arena)
         transitions = [
             dataclasses.replace(t, state={**t.state, "param": copies[t.index]})
             for t in step.transitions
@@ -336,10 +354,10 @@ class KeepGraph(Tape):
         ours = {id(copy) for copy in copies}
 
         def copy(tensor: Tensor) -> Tensor:
-            return tensor if id(tensor) in ours else tensor.detach().clone()
+            return tensor if id(tensor) in ours else arena.copy(tensor)
 
         step = dataclasses.replace(step, transitions=transitions)
-        self._steps.append((_copy_step(step, copy), self._losses))
+        self._steps.append((_copy_step(step, copy), self._losses, arena))
         self._losses = []
 
     def backward(
@@ -348,8 +366,9 @@ class KeepGraph(Tape):
         """See :meth:`Tape.backward`; graphs go as they are read."""
         self._hooks.close()
         while self._steps:
-            step, losses = self._steps.pop()
+            step, losses, arena = self._steps.pop()
             yield RecordedStep(step, [partial(_identity, line) for line in losses])
+            self._arenas.give_back(arena)
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -449,6 +468,24 @@ def _size(step: OptimizerStep, params: Sequence[Tensor]) -> int:
 
     _copy_weights(params, _copy_step(step, note), note)
     return Arena.size_of(tensors)
+
+
+def _at(params: Sequence[Tensor], step: OptimizerStep) -> OptimizerStep:
+    """Let a step read its weights where they stand now."""
+    transitions = [
+        dataclasses.replace(t, state={**t.state, "param": params[t.index].detach()})
+        for t in step.transitions
+    ]
+    return dataclasses.replace(step, transitions=transitions)
+
+
+def _exchange(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Swap parameters and values, in place."""
+    with torch.no_grad():
+        for param, value in zip(params, values, strict=True):
+            present = param.clone()
+            param.copy_(value)
+            value.copy_(present)
 
 
 def _write(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:

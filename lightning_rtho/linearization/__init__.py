@@ -2,7 +2,7 @@
 
 from lightning_rtho.linearization._clipping import ClipByNorm, ClipByValue, GradientClip
 from lightning_rtho.linearization._cohort import cohort_jvp, cohorts
-from lightning_rtho.linearization._fused import fused_step_jvp, fused_step_vjp
+from lightning_rtho.linearization._fused import fused_step_jvp, fused_step_vjp, is_large
 from lightning_rtho.linearization._gradient import Linearization
 from lightning_rtho.linearization._statistics import (
     RunningStatistics,
@@ -24,6 +24,7 @@ __all__ = [
     "cohorts",
     "fused_step_jvp",
     "fused_step_vjp",
+    "is_large",
     "step_jvp",
     "step_vjp",
     "stop_gradient",

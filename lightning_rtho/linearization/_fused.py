@@ -12,7 +12,7 @@ from lightning_rtho._types import Hypers, State, StateCotangent, StateTangent
 from lightning_rtho.dynamics import Transition, UpdateRule
 from lightning_rtho.linearization._step import dense, push, step_jvp, step_vjp
 
-__all__ = ["fused_step_jvp", "fused_step_vjp"]
+__all__ = ["fused_step_jvp", "fused_step_vjp", "is_large"]
 
 _LARGE = 2**16
 """Entries of a parameter from which on faster steps soon make up for seconds of compiling."""
@@ -67,7 +67,7 @@ def fused_step_jvp(
     Returns:
         Tangent of the new state, each tensor ``[m, ...]``.
     """
-    if transition.grad.numel() < _LARGE:
+    if not is_large(transition.grad):
         new_state_dot = step_jvp(transition, state_dot, grad_dot, hyper_dot)
         return _unless(keep, new_state_dot, state_dot)
     # Convolutions may leave tangents in another order of axes than the parameter's.
@@ -95,30 +95,45 @@ def fused_step_jvp(
 def fused_step_vjp(
     transition: Transition, new_state_bar: StateCotangent
 ) -> tuple[StateCotangent, Tensor, Hypers]:
-    """Pull a cotangent back through one update as :func:`step_vjp` does, faster where it is large.
+    """Pull a cotangent back through one update as :func:`step_vjp` does, in place where large.
+
+    Where the parameter :func:`is_large`, the new weights' cotangent is overwritten by that of the
+    old, and the optimizer's buffers by their own cotangents: nobody needs them any more.
 
     Args:
-        transition: The arguments of Phi.
-        new_state_bar: Cotangent of the new state; tensors that are missing are zero.
+        transition: The arguments of Phi; its buffers may be overwritten.
+        new_state_bar: Cotangent of the new state; tensors that are missing are zero. That of the
+            weights may be overwritten.
 
     Returns:
         Cotangents of the state ``[*P]`` or ``[]``, of the gradient ``[*P]`` and of the tuned
         settings ``[]``.
     """
-    if transition.grad.numel() < _LARGE:
+    if not is_large(transition.grad):
         return step_vjp(transition, new_state_bar)
     shape = transition.grad.shape
     tuned = {name: transition.hyper[name] for name in transition.columns}
-    state_bar, grad_bar, hyper_bar = _pull(
-        transition.rule,
-        _flat_state(transition.state),
-        _flat(transition.grad),
-        transition.hyper,
-        tuned,
-        _flat_state(new_state_bar),
+    state, bars = _flat_state(transition.state), _flat_state(new_state_bar)
+    added, grad_bar, hyper_bar = _write_vjp(
+        transition.rule, state, _flat(transition.grad), transition.hyper, tuned, bars
     )
-    state_bar = {name: x.reshape(shape) if x.dim() else x for name, x in state_bar.items()}
+    written = {**state, "param": bars["param"]} if "param" in bars else state
+    state_bar = {
+        name: added[name] if name in added else written[name].reshape(shape) for name in state
+    }
     return state_bar, grad_bar.reshape(shape), hyper_bar
+
+
+def is_large(tensor: Tensor) -> bool:
+    """Tell whether the derivative of a parameter's update is written in place.
+
+    Args:
+        tensor: The parameter, or anything of its shape ``[*P]``.
+
+    Returns:
+        Whether it is.
+    """
+    return tensor.numel() >= _LARGE
 
 
 def _flat_state(state: State) -> State:
@@ -170,7 +185,7 @@ def _write_jvp(
 
 
 @_Compiled
-def _pull(
+def _write_vjp(
     rule: UpdateRule,
     state: State,
     grad: Tensor,
@@ -178,12 +193,23 @@ def _pull(
     tuned: Hypers,
     new_state_bar: StateCotangent,
 ) -> tuple[StateCotangent, Tensor, Hypers]:
-    """Return the cotangents of state, gradient and tuned settings."""
+    """Overwrite the weights' cotangent, and buffers by theirs.
+
+    Returns:
+        Cotangents of the state that were not written, of the gradient and of the tuned settings.
+    """
 
     def phi(state: Any, grad: Any, tuned: Any) -> Any:
         new_state = rule(state, grad, {**hyper, **tuned})
         return {name: new_state[name] for name in new_state_bar}
 
-    cotangents: tuple[StateCotangent, Tensor, Hypers]
-    cotangents = torch.func.vjp(phi, state, grad, tuned)[1](new_state_bar)
-    return cotangents
+    given = {name: value.clone() for name, value in new_state_bar.items()}  # as above
+    state_bar, grad_bar, hyper_bar = torch.func.vjp(phi, state, grad, tuned)[1](given)
+    added = {}
+    for name, value in state_bar.items():
+        place = new_state_bar if name == "param" else state
+        if name in place and value.dim() > 0:
+            place[name].copy_(value)
+        else:
+            added[name] = value
+    return added, grad_bar, hyper_bar

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lightning_rtho.linearization._statistics import TracedLoss
 from lightning_rtho.linearization._stop_gradient import stops_gradient, value_dependence
@@ -91,7 +92,11 @@ class Linearization:
         nodes = {node.name() for node in _nodes(gradients)}
         _check_twice_differentiable(nodes)
         self._is_symmetric = not stops_gradient(nodes)
-        self._gradients = [*gradients, *statistics]  # the derivative of L + <u, s> by u is s
+        outputs = [*gradients, *statistics]  # the derivative of L + <u, s> by u is s
+        # Where they are in the graph, not what they are: that may go while products are taken.
+        self._outputs = [
+            get_gradient_edge(y) if y is not None and y.requires_grad else None for y in outputs
+        ]
         self.scaled_gradients = [g if g is None else g.detach() for g in gradients[: len(params)]]
 
     @property
@@ -142,7 +147,8 @@ class Linearization:
                 zero, and None in the place of all asks for their derivatives instead.
             wrt_params: Whether the weights' part of the product is needed.
             wrt_hypers: Whether the hyperparameters' part is needed.
-            last: Whether no product follows, so that the graph may go while it is read.
+            last: Whether no product follows, so that the graph may go while it is read, and
+                :attr:`scaled_gradients` before that.
 
         Returns:
             The parts of the product.
@@ -157,9 +163,9 @@ class Linearization:
         ]
         vectors = [*param_vectors, *hyper_vectors, *statistic_bars]
         pairs = [
-            (gradient, vector)
-            for gradient, vector in zip(self._gradients, vectors, strict=True)
-            if gradient is not None and gradient.requires_grad and vector is not None
+            (output, vector)
+            for output, vector in zip(self._outputs, vectors, strict=True)
+            if output is not None and vector is not None
         ]
         wanted = [
             *range(first_hyper if wrt_params else 0),
@@ -167,13 +173,16 @@ class Linearization:
             *range(first_statistic, len(self._inputs) if wrt_statistics else first_statistic),
         ]
         parts: list[Tensor | None] = [None] * len(self._inputs)
+        is_last = last and not self._is_shared
+        if is_last:
+            self.scaled_gradients = []
         if pairs:
             with value_dependence():
                 found = _gradients(
-                    [gradient for gradient, _ in pairs],
+                    [output for output, _ in pairs],
                     [self._inputs[i] for i in wanted],
                     [vector for _, vector in pairs],
-                    retain_graph=self._is_shared or not last,
+                    retain_graph=not is_last,
                 )
             for i, part in zip(wanted, found, strict=True):
                 parts[i] = part
@@ -195,9 +204,10 @@ class Linearization:
             J v.
         """
         first_hyper, first_statistic = self._bounds
-        outputs = [*self._gradients[:first_hyper], *self._gradients[first_statistic:]]
-        used = {i: y for i, y in enumerate(outputs) if y is not None and y.requires_grad}
-        duals = [torch.zeros_like(y).requires_grad_() for y in used.values()]
+        outputs = [*self._outputs[:first_hyper], *self._outputs[first_statistic:]]
+        twins = [*self._inputs[:first_hyper], *self._inputs[first_statistic:]]
+        used = {i: output for i, output in enumerate(outputs) if output is not None}
+        duals = [torch.zeros_like(twins[i]).requires_grad_() for i in used]
         with value_dependence():
             pulled = _gradients(
                 [*used.values()], self._inputs[:first_statistic], duals, create_graph=True
@@ -242,7 +252,7 @@ def _nodes(tensors: Sequence[Tensor | None]) -> Iterator[Any]:
 
 
 def _gradients(
-    outputs: Sequence[Tensor],
+    outputs: Sequence[Tensor] | Sequence[GradientEdge],
     inputs: Sequence[Tensor],
     grad_outputs: Sequence[Tensor],
     *,

@@ -55,7 +55,8 @@ def outer_gradient(
             grads = torch.autograd.grad(loss, [inputs[i] for i in wanted], allow_unused=True)
         for i, gradient in zip(wanted, grads, strict=True):
             if gradient is not None:
-                known, part = totals[i], gradient.to_dense() / len(losses)  # embeddings' are sparse
+                part = gradient.to_dense()  # embeddings' are sparse
+                known, part = totals[i], part if len(losses) == 1 else part / len(losses)
                 totals[i] = part if known is None else known + part
         value = value.to(loss) + loss.detach() / len(losses)
     first_statistic = len(params) + len(hypers)

@@ -95,7 +95,10 @@ def _outer(raw: list[Tensor]) -> torch.optim.Optimizer:
 def _rtho(**settings: Any) -> Method:
     return _fit(
         lambda task: RTHO(
-            hyper_batch_size=task.hyper_batch_size, outer_optimizer=_outer, **settings
+            hyper_batch_size=task.hyper_batch_size,
+            outer_optimizer=_outer,
+            safeguard=False,
+            **settings,
         )
     )
 
@@ -105,6 +108,7 @@ def _trho(make_tape: Callable[[], Any], **settings: Any) -> Method:
         lambda task: TRHO(
             hyper_batch_size=task.hyper_batch_size,
             outer_optimizer=_outer,
+            safeguard=False,
             tape=make_tape(),
             **settings,
         )

@@ -4,9 +4,13 @@ import gc
 
 import pytest
 import torch
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd.graph import GradientEdge
 
 from lightning_rtho.hypergradient import KeepGraph, ReverseHypergradient
+from lightning_rtho.hypergradient._arena import Arena
 from lightning_rtho.hypergradient._saved import SavedWeights
+from lightning_rtho.linearization import _fused, _gradient
 from tests.helpers import METHODS, Run, hyperparameters, watch_graph
 
 TAPES = [name for name in METHODS if name != "forward"]
@@ -103,7 +107,7 @@ def test_kept_graphs_read_what_was_overwritten_since():
     with saved.hooks():
         value = (table * w**3).sum()
         (gradient,) = torch.autograd.grad(value, w, create_graph=True)
-    (copied,) = saved.copy([w])
+    (copied,) = saved.copy([w], Arena(w.device, saved.size()))
     with torch.no_grad():
         w.fill_(100.0)
         table.fill_(100.0)
@@ -147,3 +151,37 @@ def test_graphs_are_held_by_the_kept_tape_alone_and_no_longer_than_its_window(ta
         assert not any(is_alive() for is_alive in graphs)
     finally:
         gc.enable()
+
+
+def _held(size):
+    """Live tensors in units of `size` bytes, each memory counted once; small ones are left out."""
+    kinds = (torch.Tensor, torch.nn.Parameter)
+    tensors = [
+        x for x in gc.get_objects() if type(x) in kinds and not is_functorch_wrapped_tensor(x)
+    ]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    return sum(nbytes for nbytes in storages.values() if nbytes >= size) / size
+
+
+@pytest.mark.parametrize("tape", ["recompute", "offload"])
+def test_while_a_window_is_read_nothing_is_held_twice(tape, monkeypatch):
+    gc.collect()
+    size = 8 * _fused._LARGE
+    before = _held(size)  # by other tests
+    hypers = hyperparameters({"lr": 0.1})
+    w = torch.randn(_fused._LARGE, requires_grad=True)
+    run = Run(torch.optim.SGD([w], lr=hypers["lr"], momentum=0.9), hypers, METHODS[tape])
+    for _ in range(3):
+        run.step(lambda: (w**3).sum())
+    held, gradients = [], _gradient._gradients
+
+    def watched(outputs, *args, **kwargs):
+        if isinstance(outputs[0], GradientEdge):  # a product, when there is most to hold
+            held.append(_held(size) - before)
+        return gradients(outputs, *args, **kwargs)
+
+    monkeypatch.setattr(_gradient, "_gradients", watched)
+    run.hypergradient(lambda: (w**2).sum())
+    # Weights and velocity now and of each step, the gradient, and the cotangents of weights and
+    # gradient; the velocity's lies in the place of a velocity, the present weights in that of past.
+    assert held == [2 + 2 * 3 + 1 + 2] * 3
