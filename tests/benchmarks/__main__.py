@@ -18,6 +18,7 @@ import torch
 from tests.benchmarks.cosine import compare_directions, cosine_table
 from tests.benchmarks.floor import floor
 from tests.benchmarks.growth import grow
+from tests.benchmarks.kernels import compile_seconds, copy_shares, kernels_line
 from tests.benchmarks.memory import peak_memory
 from tests.benchmarks.methods import METHODS, available_methods
 from tests.benchmarks.report import OUTPUT, table
@@ -48,6 +49,9 @@ def main() -> None:
             records = compare_directions(options, device)
             results = {**_place(device), "options": options, "records": records}
             print(f"\n{cosine_table(records)}", flush=True)
+        elif workload == "kernels":
+            results = {**_place(device), "shares": copy_shares(), "seconds": compile_seconds()}
+            print(f"\n{kernels_line(results)}", flush=True)
         else:
             results = _measure(workload, options, device, args)
             print(f"\n{table(results)}", flush=True)
@@ -58,9 +62,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tests.benchmarks", description=(__doc__ or "").splitlines()[0]
     )
-    names = [*WORKLOADS, "cosine", "growth"]
+    names = [*WORKLOADS, "kernels", "cosine", "growth"]
     parser.add_argument(
-        "--workloads", nargs="+", choices=names, default=[*_DEFAULT, "cosine", "growth"]
+        "--workloads", nargs="+", choices=names, default=[*_DEFAULT, "kernels", "cosine", "growth"]
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="all that apply by default")
     parser.add_argument("--repeats", type=int, default=5, help="times to go round all methods")

@@ -10,6 +10,7 @@ from typing import Any
 
 from tests.benchmarks.cosine import cosine_table
 from tests.benchmarks.growth import SWEEPS
+from tests.benchmarks.kernels import kernels_line
 from tests.benchmarks.methods import TITLES
 from tests.benchmarks.workloads import WORKLOADS
 
@@ -85,26 +86,34 @@ def machine(results: dict[str, Any]) -> str:
 def draw(records: list[dict[str, Any]], path: Path) -> None:
     """Draw time and memory over what was varied."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogFormatter
 
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6), sharey="row", layout="constrained")
+    labels = {"ratio": "time a step / plain", "memory_ratio": "peak memory / plain"}
+    measured = [key for key in labels if any(record[key] for record in records)]
+    figure, axes = plt.subplots(
+        len(measured), 3, figsize=(12, 3 * len(measured)), sharey="row", layout="constrained",
+        squeeze=False,
+    )  # fmt: skip
     for column, (sweep, (label, values)) in zip(axes.T, SWEEPS.items(), strict=True):
-        for row, key in zip(column, ("ratio", "memory_ratio"), strict=True):
+        for row, key in zip(column, measured, strict=True):
             for method in dict.fromkeys(record["method"] for record in records):
                 points = sorted(
                     (record["value"], record[key])
                     for record in records
-                    if record["sweep"] == sweep and record["method"] == method and record[key]
+                    if record["sweep"] == sweep and record["method"] == method
                 )
                 row.plot(*zip(*points, strict=True), marker="o", label=TITLES[method].strip("`"))
             row.set_xscale("log")
             row.set_yscale("log")
+            row.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+            row.yaxis.set_major_formatter(LogFormatter())
             row.grid(alpha=0.25, which="both")
             if sweep != "width":  # measured in weights there
                 row.set_xticks(values, [str(value) for value in values])
                 row.minorticks_off()
-        column[1].set_xlabel(label)
-    axes[0, 0].set_ylabel("time a step / plain")
-    axes[1, 0].set_ylabel("peak memory / plain")
+        column[-1].set_xlabel(label)
+    for row, key in zip(axes[:, 0], measured, strict=True):
+        row.set_ylabel(labels[key])
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -122,6 +131,10 @@ def main() -> None:
     parts = ["# Benchmarks", _NOTES]
     for place in dict.fromkeys(machine(results) for results in measured):
         parts += [f"## {place}", *(table(r) for r in measured if machine(r) == place)]
+    kernels = args.input / "kernels.json"
+    if kernels.exists():
+        line = kernels_line(json.loads(kernels.read_text()))
+        parts += ["## Compiled derivatives of the update", line]
     cosine = args.input / "cosine.json"
     if cosine.exists():
         parts += [
