@@ -115,7 +115,7 @@ class HypergradientCallback(Callback):
         """Make the method that follows the run."""
 
     @abstractmethod
-    def _plans(self, entries: int) -> tuple[Plan, Plan | None]:
+    def _plans(self, trainer: Trainer, entries: int) -> tuple[Plan, Plan | None]:
         """Return what this method costs for so many hyperparameter entries, and what the other."""
 
     @property
@@ -216,11 +216,12 @@ class HypergradientCallback(Callback):
 
     def _print_summary(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print what is tuned, how, and what it will cost."""
-        plan, other = self._plans(sum(hyper.numel() for hyper in self._tuned.values()))
+        plan, other = self._plans(trainer, sum(hyper.numel() for hyper in self._tuned.values()))
         text = summary_of(
             self._tuned,
             _differentiable(trainer),
             plan,
+            evaluations=self._outer_batches / self.hyper_batch_size,
             keeps_best=self.safeguard and self._outer_optimizer is not None and self._sign > 0,
             other=other if pl_module.automatic_optimization else None,
         )

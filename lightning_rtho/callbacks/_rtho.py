@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
@@ -154,13 +155,15 @@ class RTHO(HypergradientCallback):
         )
 
     @override
-    def _plans(self, entries: int) -> tuple[Plan, Plan]:
+    def _plans(self, trainer: Trainer, entries: int) -> tuple[Plan, Plan]:
         window, fraction = self.hyper_batch_size, self.curvature_fraction
         usual = torch.get_default_dtype()
         precision = (self.tangent_dtype or usual).itemsize / usual.itemsize
         arguments = f"hyper_batch_size={window}"
+        forward = forward_cost(entries, fraction, precision)
         reverse = reverse_cost(window, recomputes=True, fraction=fraction)
+        gradients = entries if trainer.accumulate_grad_batches > 1 else 0
         return (
-            Plan(f"RTHO({arguments})", forward_cost(entries, fraction, precision), "the whole run"),
+            Plan(f"RTHO({arguments})", forward, "the whole run", gradients),
             Plan(f"TRHO({arguments})", reverse, "its hyper-batch"),
         )

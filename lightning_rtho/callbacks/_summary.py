@@ -17,12 +17,14 @@ class Plan(NamedTuple):
         name: The call that makes it.
         cost: What it costs.
         reach: How far it looks back.
-        place: Where it keeps training states, if that is not beside the weights.
+        gradients: Gradients, or tangents of them, that it keeps beside training states.
+        place: Where it keeps all that, if that is not beside the weights.
     """
 
     name: str
     cost: Cost
     reach: str
+    gradients: int = 0
     place: str = ""
 
 
@@ -31,18 +33,21 @@ def summary_of(
     optimizers: Sequence[DifferentiableOptimizer],
     plan: Plan,
     *,
+    evaluations: float = 0.0,
     keeps_best: bool = False,
     other: Plan | None = None,
 ) -> str:
     """Write down what is tuned, how, and what it will cost.
 
     A hyperparameter that stands in no optimizer has to act in the loss. Whether one that does acts
-    there as well is not known before the first step.
+    there as well is not known before the first step. What a step needs while its second derivatives
+    are computed, and graphs that are kept, depend on the network: they are named, not counted.
 
     Args:
         tuned: Hyperparameters by name, each ``[*H]``.
         optimizers: The module's optimizers.
         plan: The method.
+        evaluations: Validation gradients a step.
         keeps_best: Whether the best training state is kept to go back to.
         other: The method that could take its place, if one could.
 
@@ -57,29 +62,28 @@ def summary_of(
         >>> weight = torch.zeros(500_000, requires_grad=True)
         >>> sgd = DifferentiableOptimizer(torch.optim.SGD([weight], lr=lr))
         >>> plan = Plan("RTHO()", forward_cost(1), "the whole run")
-        >>> print(summary_of({"lr": lr}, [sgd], plan))
+        >>> print(summary_of({"lr": lr}, [sgd], plan, evaluations=0.1))
         name | value | domain     | acts as
         -----+-------+------------+--------
         lr   | 0.1   | Positive() | lr
         RTHO() looks back over the whole run.
-        Time: 3.0 x the gradient of a plain step (9 forward passes rather than 3).
-        Memory: 2 MB above plain training, 1 training state of 2 MB.
+        Time: 3.1 x the gradient of a plain step, if validation batches are as large as its own.
+        Memory: keeps 2 MB: 1 training state of 2 MB. Second derivatives within a step come on top.
     """
     rows = [
         (name, _value(hyper), repr(hyper.domain), _place(hyper, optimizers))
         for name, hyper in tuned.items()
     ]
-    state_size = sum(optimizer.state_size() for optimizer in optimizers)
     lines = [
         *_table([("name", "value", "domain", "acts as"), *rows]),
         f"{plan.name} looks back over {plan.reach}.",
-        f"Time: {plan.cost.ratio:.1f} x the gradient of a plain step ({plan.cost.passes:.3g} "
-        "forward passes rather than 3).",
-        f"Memory: {_memory(plan, state_size, keeps_best)}.",
+        f"Time: {plan.cost.ratio + evaluations:.1f} x the gradient of a plain step, if validation "
+        "batches are as large as its own.",
+        f"Memory: keeps {_memory(plan, optimizers, keeps_best)}. {_uncounted(plan)} on top.",
     ]
     if other is not None and other.cost.ratio < plan.cost.ratio:
         lines.append(
-            f"{other.name} would take {other.cost.ratio:.1f} x, but keep "
+            f"{other.name} would take {other.cost.ratio + evaluations:.1f} x, but keep "
             f"{_count(other.cost.states, 'training state')} and look back over {other.reach}."
         )
     return "\n".join(lines)
@@ -109,28 +113,39 @@ def _place(hyper: Hyperparameter, optimizers: Sequence[DifferentiableOptimizer])
     return "; ".join(places) or "loss"
 
 
-def _memory(plan: Plan, state_size: int, keeps_best: bool) -> str:
+def _memory(plan: Plan, optimizers: Sequence[DifferentiableOptimizer], keeps_best: bool) -> str:
     """Say what is kept beside what plain training keeps."""
-    total = (plan.cost.states + keeps_best) * state_size
-    text = f"{_megabytes(total)} above plain training, "
-    text += f"{_count(plan.cost.states, 'training state')} of {_megabytes(state_size)}"
+    state_size = sum(optimizer.state_size() for optimizer in optimizers)
+    weights = [w for optimizer in optimizers for w in optimizer.params if w.requires_grad]
+    gradient_size = sum(weight.nbytes for weight in weights)
+    total = (plan.cost.states + keeps_best) * state_size + plan.gradients * gradient_size
+    parts = [f"{_count(plan.cost.states, 'training state')} of {_size(state_size)}"]
+    if plan.gradients:
+        parts.append(f"{_count(plan.gradients, 'gradient')} of {_size(gradient_size)}")
     if plan.place:
-        text += f" on {plan.place}"
+        parts[-1] += f" on {plan.place}"
     if keeps_best:
-        text += " and a copy of the best one so far"
+        parts.append("a copy of the best state so far")
+    return f"{_size(total)}: {', '.join(parts)}"
+
+
+def _uncounted(plan: Plan) -> str:
+    """Name what depends on the network."""
     if plan.cost.graphs:
-        text += f", and besides the graphs of {_count(plan.cost.graphs, 'step')}"
-    return text
+        steps = _count(plan.cost.graphs, "step")
+        return f"The graphs of {steps} and second derivatives within one come"
+    return "Second derivatives within a step come"
 
 
 def _count(number: float, noun: str) -> str:
     return f"{number:g} {noun}" if number == 1 else f"{number:g} {noun}s"
 
 
-def _megabytes(size: float) -> str:
+def _size(count: float) -> str:
     """Show a number of bytes."""
-    megabytes = size / 1e6
-    return f"{megabytes:,.0f} MB" if megabytes >= 100 else f"{megabytes:.3g} MB"
+    if count < 1e5:
+        return f"{count / 1e3:.3g} kB"
+    return f"{count / 1e6:.3g} MB" if count < 1e8 else f"{count / 1e6:,.0f} MB"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

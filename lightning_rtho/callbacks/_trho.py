@@ -131,14 +131,17 @@ class TRHO(HypergradientCallback):
         return ReverseHypergradient(params, hypers, copy.deepcopy(self.tape))
 
     @override
-    def _plans(self, entries: int) -> tuple[Plan, Plan]:
+    def _plans(self, trainer: Trainer, entries: int) -> tuple[Plan, Plan]:
         window, tape = self.hyper_batch_size, self.tape
         arguments = f"hyper_batch_size={window}"
         name = f"TRHO({arguments}, tape={type(tape).__name__})"
         fraction = self.curvature_fraction
         cost = reverse_cost(window, recomputes=tape.needs_replay, fraction=fraction)
+        comes_back = tape.needs_replay and fraction == 1  # with the loss, so that it is not kept
+        has_several = trainer.accumulate_grad_batches > 1 or trainer.world_size > 1
+        gradients = 0 if comes_back and not has_several else window
         place = str(tape.device) if isinstance(tape, Offload) else ""
         return (
-            Plan(name, cost, "its hyper-batch", place),
+            Plan(name, cost, "its hyper-batch", gradients, place),
             Plan(f"RTHO({arguments})", forward_cost(entries, fraction), "the whole run"),
         )

@@ -37,8 +37,10 @@ class TwoGroups(SmallNet):
         return optim.SGD(groups, lr=0.2, momentum=0.9, weight_decay=self.decay)
 
 
-WEIGHTS = 36 + 40 + 5
-STATE = WEIGHTS * 8 * 2 / 1e6  # MB in float64, with the velocity
+GRADIENT = (36 + 40 + 5) * 8 / 1e3  # kB in float64
+STATE = 2 * GRADIENT  # with the velocity
+TIME = "x the gradient of a plain step, if validation batches are as large as its own."
+ON_TOP = "Second derivatives within a step come on top."
 
 
 @pytest.fixture
@@ -62,44 +64,61 @@ def test_table_names_every_hyperparameter_and_where_it_acts(printed):
 
 
 @pytest.mark.parametrize(
-    ("callback", "expected"),
+    ("callback", "settings", "expected"),
     [
         (
-            RTHO(hyper_batch_size=4),  # (3 + 6 * 5) / 3, and for TRHO (12 - 6 / 4) / 3
+            # (3 + 6 * 5) / 3 and a validation gradient in 4 steps; for TRHO (12 - 6 / 4) / 3 and it
+            RTHO(hyper_batch_size=4),
+            {},
             [
                 "RTHO(hyper_batch_size=4) looks back over the whole run.",
-                "Time: 11.0 x the gradient of a plain step (33 forward passes rather than 3).",
-                f"Memory: {6 * STATE:.3g} MB above plain training, 5 training states of "
-                f"{STATE:.3g} MB and a copy of the best one so far.",
-                "TRHO(hyper_batch_size=4) would take 3.5 x, but keep 4 training states and look "
+                f"Time: 11.2 {TIME}",
+                f"Memory: keeps {6 * STATE:.3g} kB: 5 training states of {STATE:.3g} kB, a copy of "
+                f"the best state so far. {ON_TOP}",
+                "TRHO(hyper_batch_size=4) would take 3.8 x, but keep 4 training states and look "
                 "back over its hyper-batch.",
             ],
         ),
         (
-            TRHO(hyper_batch_size=1, tape=KeepGraph(), outer_optimizer=None),  # (9 - 6) / 3
+            RTHO(["l2"], hyper_batch_size=1, outer_batches=2, safeguard=False),
+            {"accumulate_grad_batches": 2},  # the tangents' gradients are added up
+            [
+                "RTHO(hyper_batch_size=1) looks back over the whole run.",
+                f"Time: 5.0 {TIME}",
+                f"Memory: keeps {STATE + GRADIENT:.3g} kB: 1 training state of {STATE:.3g} kB, "
+                f"1 gradient of {GRADIENT:.3g} kB. {ON_TOP}",
+                "TRHO(hyper_batch_size=1) would take 4.0 x, but keep 1 training state and look "
+                "back over its hyper-batch.",
+            ],
+        ),
+        (
+            TRHO(hyper_batch_size=1, tape=KeepGraph(), outer_optimizer=None),  # (9 - 6) / 3 and 1
+            {},
             [
                 "TRHO(hyper_batch_size=1, tape=KeepGraph) looks back over its hyper-batch.",
-                "Time: 1.0 x the gradient of a plain step (3 forward passes rather than 3).",
-                f"Memory: {STATE:.3g} MB above plain training, 1 training state of {STATE:.3g} MB, "
-                "and besides the graphs of 1 step.",
+                f"Time: 2.0 {TIME}",
+                f"Memory: keeps {STATE + GRADIENT:.3g} kB: 1 training state of {STATE:.3g} kB, "
+                f"1 gradient of {GRADIENT:.3g} kB. The graphs of 1 step and second derivatives "
+                "within one come on top.",
             ],
         ),
         (
             TRHO(["first"], hyper_batch_size=10, tape=Offload("cpu"), safeguard=False),
+            {},
             [
                 "TRHO(hyper_batch_size=10, tape=Offload) looks back over its hyper-batch.",
-                "Time: 3.8 x the gradient of a plain step (11.4 forward passes rather than 3).",
-                f"Memory: {10 * STATE:.3g} MB above plain training, 10 training states of "
-                f"{STATE:.3g} MB on cpu.",
-                "RTHO(hyper_batch_size=10) would take 3.0 x, but keep 1 training state and look "
+                f"Time: 3.9 {TIME}",
+                f"Memory: keeps {10 * STATE:.3g} kB: 10 training states of {STATE:.3g} kB on cpu. "
+                f"{ON_TOP}",
+                "RTHO(hyper_batch_size=10) would take 3.1 x, but keep 1 training state and look "
                 "back over the whole run.",
             ],
         ),
     ],
-    ids=["forward", "keep graph", "offload"],
+    ids=["forward", "accumulated", "keep graph", "offload"],
 )
-def test_costs_are_those_counted_by_hand(callback, expected, printed):
-    fit(TwoGroups(), callback, steps=1)
+def test_costs_are_those_counted_by_hand(callback, settings, expected, printed):
+    fit(TwoGroups(), callback, steps=1, **settings)
     assert printed[-len(expected) :] == expected
     assert not any(line in printed for line in expected[4:])
 
@@ -110,13 +129,13 @@ def test_state_holds_what_the_optimizer_will_keep_of_weights_that_are_trained(pr
     fit(module, RTHO(safeguard=False), steps=2)
     trained = 9 + 3 + 3
     # Each with two averages and the maximum of one; a count of steps for each of three tensors.
-    assert f"1 training state of {(4 * 8 * trained + 3 * 4) / 1e6:.3g} MB" in printed[-1]
+    assert f"1 training state of {(4 * 8 * trained + 3 * 4) / 1e3:.3g} kB" in printed[-1]
 
 
 def test_other_method_is_not_advised_where_it_is_refused(printed):
     module = ByHand(**{n: Hyperparameter(v, Positive()) for n, v in [("lr", 0.1), ("l2", 0.1)]})
     fit(module, RTHO(hyper_batch_size=2), steps=2)
-    assert "Time: 5.0 x the" in printed[-2]
+    assert "Time: 5.5 x the" in printed[-2]
     assert "TRHO" not in "".join(printed)
 
 
