@@ -19,7 +19,7 @@ class DetachedWeights(TorchFunctionMode):
     followed until they meet a tensor that does.
 
     Args:
-        weights: The weights, each ``[*P]``.
+        weights: The weights that move, also those that a forward pass freezes, each ``[*P]``.
         report: Called once, where the first such value enters; by default it warns.
     """
 
@@ -39,18 +39,20 @@ class DetachedWeights(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Call a torch function and follow what it makes of detached values."""
-        output = func(*args, **(kwargs or {}))
         if self._warned:
-            return output
+            return func(*args, **(kwargs or {}))
         inputs = list(_tensors((*args, *(kwargs or {}).values())))
-        if not any(x.requires_grad or self._is_detached(x) for x in inputs):
+        has_detached = any(map(self._is_detached, inputs))  # before `func` writes to one of them
+        has_graph = any(x.requires_grad for x in inputs)
+        output = func(*args, **(kwargs or {}))
+        if not (has_detached or has_graph):
             return output
         for result in _tensors((output,)):
             if not result.is_floating_point():
                 continue
             if not result.requires_grad:
                 self._detached[id(result)] = weakref.ref(result)
-            elif torch.is_grad_enabled() and any(self._is_detached(x) for x in inputs):
+            elif torch.is_grad_enabled() and has_detached:
                 self._warned = True
                 self._report()
         return output

@@ -3,13 +3,15 @@
 import inspect
 import sys
 from collections.abc import Iterable
-from typing import Any, final
+from typing import Any, NoReturn, final
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torchmetrics import Metric
+
+from lightning_rtho.callbacks._detached import DetachedWeights
 
 __all__ = ["MetricObjective"]
 
@@ -80,13 +82,19 @@ class MetricObjective:
             E ``[]``.
 
         Raises:
-            MisconfigurationException: If it is not a scalar that depends on the predictions.
+            MisconfigurationException: If it is not a scalar that depends on the predictions, or
+                depends on them otherwise than its graph shows.
         """
         metric, methods = self._metric, type(self._metric)
-        # Those of the instance are wrapped, to run without gradients and to wait for processes.
+        watch = DetachedWeights(
+            (), lambda: self._refuse("detaches a part of what it makes of them")
+        )
+        # Methods of the instance are wrapped, to run without gradients and to wait for processes.
         for preds, target in pairs:
-            methods.update(metric, preds, target)
-        value = methods.compute(metric)
+            with watch:
+                methods.update(metric, preds, target)
+        with watch:
+            value = methods.compute(metric)
         metric.reset()
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise MisconfigurationException(
@@ -94,13 +102,19 @@ class MetricObjective:
                 f"{value!r}. Let its options average over outputs or classes."
             )
         if not value.requires_grad:
-            raise MisconfigurationException(
-                f"`objective` must be a metric that depends on the predictions differentiably, got "
-                f"`{self._name}`, whose value has no graph: the metric, or the step that makes the "
-                "predictions, detaches or rounds them. Return a differentiable loss from "
-                "`validation_step`, without `objective`."
+            self._refuse(
+                "has no graph: the metric, or the step that makes the predictions, detaches or "
+                "rounds them"
             )
         return self.sign * value.reshape(())
+
+    def _refuse(self, reason: str) -> NoReturn:
+        """Refuse a metric whose derivative would be wrong."""
+        raise MisconfigurationException(
+            "`objective` must be a metric that depends on the predictions differentiably, got "
+            f"`{self._name}`, which {reason}. Return a differentiable loss from `validation_step`, "
+            "without `objective`."
+        )
 
 
 def _advice(metric: Metric) -> str:

@@ -119,7 +119,8 @@ class FollowedRun:
                 self._manual.start()
             if not self._watched:
                 self._watched = True
-                self._watch.enter_context(DetachedWeights(self._trained))
+                moving = [param for param in self._trained if param.requires_grad]
+                self._watch.enter_context(DetachedWeights(moving))
 
     def _prepare_replay(self, batch: Any, batch_idx: int) -> TrainingStepReplay:
         """Make ready to compute the loss again: the whole in the first step, then of a sample."""

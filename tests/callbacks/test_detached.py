@@ -107,3 +107,11 @@ def test_values_detached_to_be_looked_at_are_not_warned_of():
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*were detached")
         fit(Watched(torch.optim.Adam, lr=0.1), RTHO(["lr"], hyper_batch_size=2), steps=4)
+
+
+def test_weights_that_stay_frozen_are_not_warned_of():
+    module = SmallNet(lr=0.1)
+    module.net[2].requires_grad_(False)  # and are the optimizer's nevertheless
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*were detached")
+        fit(module, RTHO(["lr"], hyper_batch_size=2), steps=4)

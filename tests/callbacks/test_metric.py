@@ -194,6 +194,22 @@ class Rounded(regression.MeanSquaredError):
         super().update(preds.detach(), target)
 
 
+class PartlyDetached(regression.MeanSquaredError):
+    """Weighs errors by their own size, which it takes for constant."""
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        weight = (preds - target).abs().detach()
+        super().update(weight * preds, weight * target)
+
+
+class LateDetached(regression.MeanSquaredError):
+    """Joins what it knows of two batches, of which the first is detached."""
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        self.sum_squared_error = self.sum_squared_error.detach()
+        super().update(preds, target)
+
+
 @pytest.mark.parametrize(
     ("metric", "message"),
     [
@@ -253,8 +269,10 @@ class Wide(Untouched):
     [
         (NoForward, regression.MeanSquaredError(), "`NoForward` defines no `forward`"),
         (ReturnsLoss, regression.MeanSquaredError(), "`outer_step` must return two .* shape"),
-        (Detached, regression.MeanSquaredError(), "got `MeanSquaredError`, whose value has no"),
-        (Untouched, Rounded(), "got `Rounded`, whose value has no graph"),
+        (Detached, regression.MeanSquaredError(), "got `MeanSquaredError`, which has no"),
+        (Untouched, Rounded(), "got `Rounded`, which has no graph"),
+        (Untouched, PartlyDetached(), "got `PartlyDetached`, which detaches a part"),
+        (Untouched, LateDetached(), "got `LateDetached`, which detaches a part"),
         (Wide, regression.CosineSimilarity(reduction="none"), "a metric with one value, got `Cos"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -263,7 +281,7 @@ def test_what_gives_no_gradient_is_refused_before_a_weight_moves(method, net, me
     module = net(lr=0.1)
     before = [param.detach().clone() for param in module.parameters()]
     with pytest.raises(MisconfigurationException, match=message):
-        fit(module, method(["lr"], objective=metric), steps=2)
+        fit(module, method(["lr"], outer_batches=2, objective=metric), steps=2)
     assert all(map(torch.equal, before, module.parameters()))
 
 
