@@ -9,8 +9,18 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lightning_rtho import RTHO, TRHO, KeepGraph, Offload, Recompute
+from lightning_rtho import (
+    RTHO,
+    TRHO,
+    KeepGraph,
+    Offload,
+    OuterUpdate,
+    Recompute,
+    ReplaySchedule,
+    Schedule,
+)
 from lightning_rtho.callbacks import HypergradientCallback
+from lightning_rtho.hyperparameters import declared_hyperparameters
 from tests.benchmarks import loops, peers
 from tests.benchmarks.workloads import Task
 
@@ -53,21 +63,7 @@ def _fit(make_callback: Callable[[Task], HypergradientCallback] | None = None) -
         task: Task, device: torch.device, steps: int, after_step: Callable[[], None]
     ) -> Tensor | None:
         callbacks = [] if make_callback is None else [make_callback(task)]
-        silence_lightning()
-        trainer = L.Trainer(
-            accelerator="gpu" if device.type == "cuda" else "cpu",
-            devices=1,
-            max_steps=steps,
-            callbacks=[*callbacks, _AfterStep(after_step)],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            limit_val_batches=1,
-            check_val_every_n_epoch=1000,
-        )
-        trainer.fit(task, task.loader(1, steps), task.loader(2, steps))
+        _train(task, device, steps, [*callbacks, _AfterStep(after_step)])
         for callback in callbacks:
             if callback.start_step < steps:
                 # A hypergradient that is not finite would be thrown away, and work saved.
@@ -77,6 +73,36 @@ def _fit(make_callback: Callable[[Task], HypergradientCallback] | None = None) -
         return None
 
     return train
+
+
+def _train(task: Task, device: torch.device, steps: int, callbacks: list[L.Callback]) -> None:
+    silence_lightning()
+    trainer = L.Trainer(
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=1,
+        max_steps=steps,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=1,
+        check_val_every_n_epoch=1000,
+    )
+    trainer.fit(task, task.loader(1, steps), task.loader(2, steps))
+
+
+def _replay(
+    task: Task, device: torch.device, steps: int, after_step: Callable[[], None]
+) -> Tensor | None:
+    """Train along a schedule with an update at the end of each window."""
+    values = {name: hyper.plain for name, hyper in declared_hyperparameters(task).items()}
+    schedule = Schedule(start=values)
+    for step in range(task.hyper_batch_size, steps + 1, task.hyper_batch_size):
+        schedule.append(OuterUpdate(step, values, hypergradients={}, outer_objective=0.0))
+    _train(task, device, steps, [ReplaySchedule(schedule), _AfterStep(after_step)])
+    return None
 
 
 def silence_lightning() -> None:
@@ -128,6 +154,7 @@ METHODS: dict[str, Method] = {
     "trho_quarter": _trho(Recompute, curvature_fraction=FRACTION),
     "rtho_bfloat16": _rtho(tangent_dtype=torch.bfloat16),
     "idle": _rtho(start_step=10**9),
+    "replay": _replay,
     "forward_loop": loops.forward_loop,
     "reverse_loop": loops.reverse_loop,
     "higher": peers.higher,
@@ -145,6 +172,7 @@ TITLES = {
     "trho_quarter": "`TRHO(curvature_fraction=0.25)`",
     "rtho_bfloat16": "`RTHO(tangent_dtype=torch.bfloat16)`",
     "idle": "`RTHO(start_step=...)`, observing nothing yet",
+    "replay": "`ReplaySchedule(...)`",
     "forward_loop": "forward mode by hand",
     "reverse_loop": "reverse mode by hand, unrolled",
     "higher": "higher",

@@ -30,7 +30,7 @@ def test_all_methods_give_the_same_hypergradient(workload: str) -> None:
     assert reference is not None
     assert reference.any()
     for method, result in results.items():
-        if method not in ("idle", *BELOW_THE_FLOOR):
+        if method not in ("idle", "replay", *BELOW_THE_FLOOR):
             # float32, whose rounding Adam's quotient enlarges
             torch.testing.assert_close(
                 result.double(), reference, rtol=1e-2, atol=1e-3 * reference.abs().max().item(),

@@ -92,6 +92,7 @@ class Phone(Task):
     methods = (
         "rtho", "forward_loop", "trho_keep", "trho_recompute", "trho_offload", "reverse_loop",
         "higher", "torchopt", "betty", "rtho_quarter", "trho_quarter", "rtho_bfloat16", "idle",
+        "replay",
     )  # fmt: skip
 
     def __init__(self, smaller: int = 1, width: int = 2000, hyper_batch_size: int = 5) -> None:
@@ -194,7 +195,7 @@ class Cnn(Task):
     summary = "two convolutions and two linear layers, 3.3 M weights, batch 50, Adam"
     methods = (
         "rtho", "forward_loop", "trho_keep", "trho_recompute", "reverse_loop", "rtho_quarter",
-        "trho_quarter", "idle",
+        "trho_quarter", "idle", "replay",
     )  # fmt: skip
 
     def __init__(self, smaller: int = 1, hyper_batch_size: int = 10) -> None:
@@ -322,7 +323,7 @@ class Small(Task):
     """A model of 1,004 weights: what is measured is the overhead."""
 
     summary = "1,004 weights, batch 20, Adam"
-    methods = ("rtho", "trho_recompute")
+    methods = ("rtho", "trho_recompute", "replay")
 
     def __init__(self, smaller: int = 1, hyper_batch_size: int = 10) -> None:
         net = nn.Sequential(nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 4))
