@@ -206,6 +206,8 @@ class ReplaySchedule(Callback):
 
     def _keep_state(self, trainer: Trainer, module: LightningModule) -> None:
         """Copy the training state if the schedule will go back to it."""
+        if self._kept == len(self._kept_steps):
+            return
         due = bisect_right(self._kept_steps, trainer.global_step)
         if due > self._kept:
             self._kept = due
@@ -231,8 +233,10 @@ class ReplaySchedule(Callback):
             # Stochastic weight averaging brings in a scheduler of its own.
             optimizer.follow_schedulers(schedulers_of(trainer, optimizer.optimizer))
             optimizer.write_hyperparameters()
-        values = {f"hyperparameter/{k}": v.mean().item() for k, v in self.hyperparameters.items()}
         for logger in trainer.loggers:
+            values = {
+                f"hyperparameter/{k}": v.mean().item() for k, v in self.hyperparameters.items()
+            }
             logger.log_metrics(values, step=trainer.global_step)
 
     @property
