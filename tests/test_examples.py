@@ -204,6 +204,7 @@ def first_steps(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # old Matplotlib's with new pyparsing
 @pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("script", FIRST_STEPS)
 def test_first_step_ends_with_its_number(script, first_steps, monkeypatch, capsys):

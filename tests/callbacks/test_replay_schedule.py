@@ -294,7 +294,9 @@ def resumable(
         enable_model_summary=False,
         limit_val_batches=0,
     )
-    trainer.fit(module, ResumableLoader(), ckpt_path=ckpt_path, weights_only=True)
+    if ckpt_path is not None:
+        torch.load(ckpt_path, weights_only=True)  # Lightning 2.5 has no such argument
+    trainer.fit(module, ResumableLoader(), ckpt_path=ckpt_path)
     return weights(module, trainer)[:-1]  # Lightning keeps no random state
 
 
