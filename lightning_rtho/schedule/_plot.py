@@ -49,13 +49,15 @@ def plot(state: Mapping[str, Any]) -> Any:
         axes[1, column].axhline(0, color="0.7", linewidth=0.8, zorder=0)
         if state["domains"].get(name) == "Positive()":
             axes[0, column].set_yscale("log")
-    axes[0, -1].plot(steps, [update["outer_objective"] for update in updates])
-    axes[0, -1].set_title("Outer objective E")
-    axes[1, -1].set_axis_off()
-    axes[0, -1].tick_params(labelbottom=True)
-    for ax in axes.flat:
+    axes[1, -1].remove()
+    objective = axes[0, -1]
+    objective.set_subplotspec(objective.get_gridspec()[:, -1])  # both rows
+    objective.tick_params(labelbottom=True)
+    objective.plot(steps, [update["outer_objective"] for update in updates])
+    objective.set_title("Outer objective E")
+    for ax in figure.axes:
         ax.grid(alpha=0.25)
-        ax.set_xlabel("Optimizer step")
+    figure.supxlabel("Optimizer step", fontsize="medium")
     return figure
 
 
