@@ -39,7 +39,7 @@ class DetachedWeights(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Call a torch function and follow what it makes of detached values."""
-        if self._warned:
+        if self._warned or func is Tensor.requires_grad_:  # which begins a graph and enters none
             return func(*args, **(kwargs or {}))
         inputs = list(_tensors((*args, *(kwargs or {}).values())))
         has_detached = any(map(self._is_detached, inputs))  # before `func` writes to one of them

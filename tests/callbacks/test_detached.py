@@ -109,6 +109,17 @@ def test_values_detached_to_be_looked_at_are_not_warned_of():
         fit(Watched(torch.optim.Adam, lr=0.1), RTHO(["lr"], hyper_batch_size=2), steps=4)
 
 
+def test_a_tensor_that_begins_a_graph_of_its_own_is_not_warned_of():
+    class Perturbed(SmallNet):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss * torch.ones_like(loss).requires_grad_()
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*were detached")
+        fit(Perturbed(lr=0.1), RTHO(["lr"]), steps=2)
+
+
 def test_weights_that_stay_frozen_are_not_warned_of():
     module = SmallNet(lr=0.1)
     module.net[2].requires_grad_(False)  # and are the optimizer's nevertheless
