@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_rtho import RTHO, TRHO
 from lightning_rtho.callbacks import HypergradientCallback
-from tests.benchmarks.methods import silence_lightning
+from tests.benchmarks.methods import train_quietly
 from tests.benchmarks.workloads import make_task
 
 __all__ = ["compare_directions", "cosine_table"]
@@ -73,21 +73,7 @@ def _directions(
     callback = method(
         hyper_batch_size=task.hyper_batch_size, outer_optimizer=None, summary=False, **settings
     )
-    silence_lightning()
-    trainer = L.Trainer(
-        accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=1,
-        max_steps=_STEPS,
-        callbacks=[callback],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=1,
-        check_val_every_n_epoch=1000,
-    )
-    trainer.fit(task, task.loader(1, _STEPS), task.loader(2, _STEPS))
+    train_quietly(task, device, _STEPS, [callback])
     return torch.stack([
         torch.cat([
             (update.hypergradients[name] * value).flatten().double()

@@ -24,7 +24,7 @@ from lightning_rtho.hyperparameters import declared_hyperparameters
 from tests.benchmarks import loops, peers
 from tests.benchmarks.workloads import Task
 
-__all__ = ["FRACTION", "METHODS", "TITLES", "Method", "available_methods"]
+__all__ = ["FRACTION", "METHODS", "TITLES", "Method", "available_methods", "train_quietly"]
 
 
 class Method(Protocol):
@@ -63,7 +63,7 @@ def _fit(make_callback: Callable[[Task], HypergradientCallback] | None = None) -
         task: Task, device: torch.device, steps: int, after_step: Callable[[], None]
     ) -> Tensor | None:
         callbacks = [] if make_callback is None else [make_callback(task)]
-        _train(task, device, steps, [*callbacks, _AfterStep(after_step)])
+        train_quietly(task, device, steps, [*callbacks, _AfterStep(after_step)])
         for callback in callbacks:
             if callback.start_step < steps:
                 # A hypergradient that is not finite would be thrown away, and work saved.
@@ -75,7 +75,10 @@ def _fit(make_callback: Callable[[Task], HypergradientCallback] | None = None) -
     return train
 
 
-def _train(task: Task, device: torch.device, steps: int, callbacks: list[L.Callback]) -> None:
+def train_quietly(
+    task: Task, device: torch.device, steps: int, callbacks: list[L.Callback]
+) -> None:
+    """Train a task with some callbacks and nothing else."""
     silence_lightning()
     trainer = L.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
@@ -101,7 +104,7 @@ def _replay(
     schedule = Schedule(start=values)
     for step in range(task.hyper_batch_size, steps + 1, task.hyper_batch_size):
         schedule.append(OuterUpdate(step, values, hypergradients={}, outer_objective=0.0))
-    _train(task, device, steps, [ReplaySchedule(schedule), _AfterStep(after_step)])
+    train_quietly(task, device, steps, [ReplaySchedule(schedule), _AfterStep(after_step)])
     return None
 
 
