@@ -202,7 +202,6 @@ class HypergradientCallback(Callback):
                     optimizers,
                     hypers,
                     self._descent,
-                    self.hyper_batch_size,
                     judges_objective=self._sign > 0,
                 )
         if self._resumed is not None:
@@ -345,8 +344,7 @@ class HypergradientCallback(Callback):
         old = descent.jacobian() if method.keeps_history else None
         descent.step(hypergradient)
         if old is not None:
-            memory = 1.0 if self._safeguard is None else self._safeguard.memory
-            method.transport(old, descent.jacobian(), memory)
+            method.transport(old, descent.jacobian())
 
     def _write_down(
         self,

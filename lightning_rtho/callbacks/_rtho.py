@@ -19,7 +19,7 @@ from lightning_rtho.hypergradient import (
     forward_cost,
     reverse_cost,
 )
-from lightning_rtho.outer import OuterOptimizerCallable, rprop
+from lightning_rtho.outer import OuterOptimizerCallable, adam
 
 __all__ = ["RTHO"]
 
@@ -43,10 +43,9 @@ class RTHO(HypergradientCallback):
             optimizer (``"lr"``, ``"weight_decay"``, ``"beta1"``), each with its natural domain; a
             dict to choose the domains; None for all that the module declares.
         hyper_batch_size: Optimizer steps between outer updates.
-        outer_optimizer: Makes a torch optimizer of the list of raw tensors, by default Rprop, whose
-            steps of 1 to 65 % depend on the hypergradients' signs alone; None observes:
-            hypergradients are computed and logged, nothing is moved, and training is bitwise what
-            it is without the callback.
+        outer_optimizer: Makes a torch optimizer of the list of raw tensors, by default
+            ``Adam(raw, lr=0.2, betas=(0.8, 0.95))``; None observes: hypergradients are computed and
+            logged, nothing is moved, and training is bitwise what it is without the callback.
         dataloader: Data of the outer objective; None takes the trainer's validation loader.
         outer_batches: Validation batches in one evaluation: a loss is averaged over them, a metric
             taken of all together.
@@ -67,12 +66,11 @@ class RTHO(HypergradientCallback):
         discount: Weight of the history in Z; 1 is exact, 0 looks one step back.
         start_step: Optimizer step from which on the run is followed, with Z = 0.
         stop_step: Optimizer step from which on it is not followed any more; None for never.
-        safeguard: Whether to let the history count 1 % less for every step since, taken off where
-            the hyperparameters move; to halve the learning rate where the run is chaotic (a
-            sensitivity above 5); and to take a run that is lost back to its best state so far, with
-            a tenth of the rate: one whose outer objective is 5 % above its start or not finite, or
-            whose weights have moved more than twice their length from the best state without a gain
-            of 20 % for every two lengths. That state is one more copy of the training state, also
+        safeguard: Whether to halve the learning rate where the run is chaotic (a sensitivity above
+            10), and to take a run that is lost back to its best state so far, with a tenth of the
+            rate: one whose outer objective is 5 % above its start or not finite, or whose weights
+            have moved more than twice their length from the best state without a gain of 20 % for
+            every two lengths. That state is one more copy of the training state, also
             in checkpoints. With an `objective` to be maximized, whose size says nothing of how far
             it has fallen, no run goes back.
         summary: Whether to print before the run what is tuned, where it acts, and what that will
@@ -103,7 +101,7 @@ class RTHO(HypergradientCallback):
         hyperparameters: Selection = None,
         *,
         hyper_batch_size: int = 10,
-        outer_optimizer: OuterOptimizerCallable | None = rprop,
+        outer_optimizer: OuterOptimizerCallable | None = adam,
         dataloader: Iterable[Any] | None = None,
         outer_batches: int = 1,
         objective: Metric | None = None,

@@ -21,14 +21,12 @@ from lightning_rtho.outer import Backtracking, HyperparameterDescent
 
 __all__ = ["Safeguard"]
 
-_MEMORY = 0.99
-"""Weight that each step leaves the history of hypergradients, taken off where they move."""
+_CHAOS = 10.0
+"""Sensitivity from which on a hypergradient means nothing.
 
-_CHAOS = 5.0
-"""Sensitivity from which on the sign of a hypergradient means nothing.
-
-With this memory networks that learn stay below 2 and seldom pass 4; where the rate is so large that
-they do not, 100 is passed within 150 steps, and meanwhile signs are random.
+Most that learn stay below 5; where the rate is so large that they do not, 100 is passed within
+150 steps, and hypergradients are random meanwhile. What is between 10 and 20 comes of such a time
+that is over: the run has recovered, its history has not.
 """
 
 _CALMING = 2.0
@@ -54,13 +52,10 @@ class Safeguard:
         optimizers: The module's optimizers.
         hypers: The hyperparameters, each ``[*H]``.
         descent: What moves them.
-        hyper_batch_size: Optimizer steps between outer updates.
         judges_objective: Whether the outer objective tells a lost run. How far it has risen is
             measured by its size, which means nothing for one that may be of either sign.
 
     Attributes:
-        memory: Weight that an outer update leaves the history: what a run owes to values of long
-            ago says little of those that its hyperparameters have now.
         best_step: Optimizer steps after which the best state was kept.
         counts: How often each of the two was done.
     """
@@ -72,7 +67,6 @@ class Safeguard:
         optimizers: Sequence[DifferentiableOptimizer],
         hypers: Sequence[Hyperparameter],
         descent: HyperparameterDescent,
-        hyper_batch_size: int,
         *,
         judges_objective: bool = True,
     ) -> None:
@@ -84,7 +78,6 @@ class Safeguard:
         self._backtracking = Backtracking()
         self._best: dict[str, Any] = {}
         self._best_values: list[Tensor] = []
-        self.memory = _MEMORY**hyper_batch_size
         self.best_step = 0
         self.counts = {"lowered": 0, "restored": 0}
 
@@ -157,7 +150,7 @@ class Safeguard:
         if not sensitivity > _CHAOS:
             return False
         self._lower_rates(_CALMING)
-        self._descent.take_up_values()
+        self._descent.restart()
         self._method.reset()
         self._note("lowered", f"the weights' sensitivity is {sensitivity:.3g}, where hypergradients"
                    " mean nothing, so the learning rate was lowered")  # fmt: skip

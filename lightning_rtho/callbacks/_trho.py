@@ -23,7 +23,7 @@ from lightning_rtho.hypergradient import (
     forward_cost,
     reverse_cost,
 )
-from lightning_rtho.outer import OuterOptimizerCallable, rprop
+from lightning_rtho.outer import OuterOptimizerCallable, adam
 
 __all__ = ["TRHO"]
 
@@ -76,7 +76,7 @@ class TRHO(HypergradientCallback):
         hyperparameters: Selection = None,
         *,
         hyper_batch_size: int = 10,
-        outer_optimizer: OuterOptimizerCallable | None = rprop,
+        outer_optimizer: OuterOptimizerCallable | None = adam,
         dataloader: Iterable[Any] | None = None,
         outer_batches: int = 1,
         objective: Metric | None = None,

@@ -219,13 +219,12 @@ class AbstractHypergradient(ABC):
         """Whether a hypergradient looks behind the last one."""
 
     @abstractmethod
-    def transport(self, old: Tensor, new: Tensor, memory: float) -> None:
+    def transport(self, old: Tensor, new: Tensor) -> None:
         """Take the history along to other values of the hyperparameters.
 
         Args:
             old: Jacobian of natural by raw values before they moved ``[m, m]``.
             new: The same where they are now ``[m, m]``.
-            memory: Weight of the history from now on.
         """
 
     def weight_tangents(self) -> list[Tensor | None]:

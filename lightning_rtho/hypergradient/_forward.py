@@ -372,15 +372,15 @@ class ForwardHypergradient(AbstractHypergradient):
         """See :attr:`AbstractHypergradient.keeps_history`."""
         return True
 
-    def transport(self, old: Tensor, new: Tensor, memory: float) -> None:
-        r"""See :meth:`AbstractHypergradient.transport`; Z <- memory J_new^-T J_old^T Z.
+    def transport(self, old: Tensor, new: Tensor) -> None:
+        r"""See :meth:`AbstractHypergradient.transport`; Z <- J_new^-T J_old^T Z.
 
         With lambda = T(u), each step's part of Z was made where T had another slope. What is moved
         is u, and what a common shift of all u so far does to the weights, J^T Z, stays what it is:
         a learning rate's past is scaled as a whole, not by what is added to its present value.
         """
         self._settle()
-        change = memory * torch.linalg.solve(new.T, old.T)
+        change = torch.linalg.solve(new.T, old.T)
         parts = [value for tangent in self.tangents for value in tangent.values()]
         grads = [grad for grad in self._grads_dot if grad is not None]
         for part in (*parts, *self.statistic_tangents.values(), *grads):

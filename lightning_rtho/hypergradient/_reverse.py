@@ -67,7 +67,7 @@ class ReverseHypergradient(AbstractHypergradient):
         """See :attr:`AbstractHypergradient.keeps_history`."""
         return False
 
-    def transport(self, old: Tensor, new: Tensor, memory: float) -> None:
+    def transport(self, old: Tensor, new: Tensor) -> None:
         """See :meth:`AbstractHypergradient.transport`; every window begins with no history."""
 
     def start(self, buffers: Iterable[Tensor] = ()) -> None:

@@ -4,7 +4,7 @@ from lightning_rtho.outer._backtracking import Backtracking
 from lightning_rtho.outer._batches import CyclingBatches
 from lightning_rtho.outer._coordinates import Coordinates, relative_slopes
 from lightning_rtho.outer._objective import outer_gradient
-from lightning_rtho.outer._optimizer import HyperparameterDescent, OuterOptimizerCallable, rprop
+from lightning_rtho.outer._optimizer import HyperparameterDescent, OuterOptimizerCallable, adam
 
 __all__ = [
     "Backtracking",
@@ -12,7 +12,7 @@ __all__ = [
     "CyclingBatches",
     "HyperparameterDescent",
     "OuterOptimizerCallable",
+    "adam",
     "outer_gradient",
     "relative_slopes",
-    "rprop",
 ]

@@ -10,29 +10,27 @@ from torch.optim import Optimizer
 from lightning_rtho.hyperparameters import Hyperparameter
 from lightning_rtho.outer._coordinates import Coordinates
 
-__all__ = ["HyperparameterDescent", "OuterOptimizerCallable", "rprop"]
+__all__ = ["HyperparameterDescent", "OuterOptimizerCallable", "adam"]
 
 OuterOptimizerCallable: TypeAlias = Callable[[list[Tensor]], Optimizer]
 
 
-def rprop(params: list[Tensor]) -> Optimizer:
-    """The default outer optimizer: Rprop in raw space.
+def adam(params: list[Tensor]) -> Optimizer:
+    """The default outer optimizer: Adam in raw space, with a short memory.
 
-    The first step changes a `Positive` hyperparameter by 10 %, whatever the scale of the objective.
-    As long as the sign of its hypergradient stays, each step is 1.2 times the last, up to a factor
-    of 1.65; where it changes, half of it, down to 1 %. So a value far off is there soon, and noise
-    leaves one that is right where it is.
+    As long as its hypergradient keeps its size and sign, each step changes a `Positive`
+    hyperparameter by a factor of exp(0.2) = 1.22, whatever the scale of the objective: so a value
+    far off is there soon. Where the hypergradient is noise, steps cancel; where there is a trend
+    in the noise, they follow it. Means over 5 and 20 updates are short enough for a
+    hypergradient that changes by orders of magnitude on the way.
 
     Args:
         params: Raw values, each ``[*H]``.
 
     Returns:
         The optimizer.
-
-    References:
-        Riedmiller, Braun: A Direct Adaptive Method for Faster Backpropagation Learning (1993).
     """
-    return torch.optim.Rprop(params, lr=0.1, etas=(0.5, 1.2), step_sizes=(0.01, 0.5))
+    return torch.optim.Adam(params, lr=0.2, betas=(0.8, 0.95))
 
 
 class HyperparameterDescent:
@@ -67,12 +65,6 @@ class HyperparameterDescent:
         """Begin anew, with a fresh optimizer, at the values that the hyperparameters have."""
         self.raw = [raw.clone().requires_grad_() for raw in self._coordinates.read()]
         self.optimizer = self._make_optimizer(self.raw)
-
-    def take_up_values(self) -> None:
-        """Go on from values that someone else has given to the hyperparameters."""
-        with torch.no_grad():
-            for raw, value in zip(self.raw, self._coordinates.read(), strict=True):
-                raw.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
         """Return raw values and the optimizer's state."""
