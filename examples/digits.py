@@ -202,7 +202,7 @@ def draw_hyperparameter(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=500, help="optimizer steps of each run")
+    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of each run")
     parser.add_argument("--seed", type=int, default=0, help="of split, weights and batch order")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output")
     args = parser.parse_args()

@@ -29,7 +29,7 @@ def train(callback: L.Callback, steps: int) -> torch.Tensor:
     return torch.nn.utils.parameters_to_vector(module.parameters()).detach()
 
 
-def main(steps: int = 500) -> None:
+def main(steps: int = 1000) -> None:
     silence_lightning()
     rtho = RTHO(["lr"])
     learned = train(rtho, steps)

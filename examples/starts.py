@@ -344,7 +344,7 @@ def main() -> None:
     run_missing(run, settings, archive, args.data, args.steps, workers=args.workers)
     results = list(archive.read().values())
     print_table(results)
-    draw(results).savefig(args.output / "starts.png", dpi=150)
+    draw(results).savefig(args.output / "starts.png", dpi=110)
     print(f"\nFigure: {args.output / 'starts.png'}")
 
 

@@ -180,6 +180,21 @@ def test_a_chaotic_run_gets_a_lower_rate_and_a_fresh_history(monkeypatch):
     assert sensitivities[1] < 2 * sensitivities[0]  # of two steps again, not of four
 
 
+def test_after_chaos_the_outer_optimizer_begins_anew(monkeypatch):
+    """What it has gathered meanwhile is as random as the hypergradients were."""
+    monkeypatch.setattr("lightning_rtho.callbacks._safeguard._CHAOS", 1e-3)
+    made = []
+
+    def outer_optimizer(raw):
+        made.append(optim.SGD(raw, lr=0.1))
+        return made[-1]
+
+    callback = RTHO(["lr"], hyper_batch_size=2, outer_optimizer=outer_optimizer)
+    with pytest.warns(UserWarning, match="sensitivity"):
+        fit(SmallNet(optim.SGD, lr=0.01), callback, steps=6)
+    assert len(made) == 1 + actions(callback).count("lowered")
+
+
 # Doing no harm
 
 
