@@ -262,7 +262,7 @@ def draw(results: list[Result]) -> Figure:
 
 def draw_time(ax: Axes, results: list[Result]) -> None:
     """Draw test accuracy over what it took."""
-    labels = {"RTHO-NT": "right", "optuna": "left"}  # beside their points, which meet
+    on_the_left = {"fixed", "RTHO-NT", "optuna", "random"}  # of points that meet others
     for name in METHODS:
         row = of_method(results, name)
         color = COLORS.get(
@@ -271,8 +271,9 @@ def draw_time(ax: Axes, results: list[Result]) -> None:
         seconds = [result.seconds for result in row]
         accuracies = [100 - result.test_error for result in row]
         ax.scatter(seconds, accuracies, s=14, color=color)
-        ax.annotate(name, (np.mean(seconds), np.max(accuracies)), xytext=(0, 4),
-                    textcoords="offset points", ha=labels.get(name, "center"),
+        side = -1 if name in on_the_left else 1
+        ax.annotate(name, (np.mean(seconds), np.mean(accuracies)), xytext=(6 * side, 0),
+                    textcoords="offset points", ha="right" if side < 0 else "left", va="center",
                     fontsize=8)  # fmt: skip
     ax.set(title="Test frame accuracy (%)", xlabel="Seconds of one core", xscale="log")
     ax.set_xticks([20, 50, 100, 200], ["20", "50", "100", "200"])

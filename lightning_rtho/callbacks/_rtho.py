@@ -70,9 +70,9 @@ class RTHO(HypergradientCallback):
             10), and to take a run that is lost back to its best state so far, with a tenth of the
             rate: one whose outer objective is 5 % above its start or not finite, or whose weights
             have moved more than twice their length from the best state without a gain of 20 % for
-            every two lengths. That state is one more copy of the training state, also
-            in checkpoints. With an `objective` to be maximized, whose size says nothing of how far
-            it has fallen, no run goes back.
+            every two lengths. That state is one more copy of the training state, also in
+            checkpoints. With an `objective` to be maximized, whose size says nothing of how far it
+            has fallen, no run goes back.
         summary: Whether to print before the run what is tuned, where it acts, and what that will
             cost in time and memory.
         diagnostics: What to log beside at every outer update: ``"hypergradient_cosine"``, between

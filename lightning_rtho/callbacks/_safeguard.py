@@ -43,8 +43,9 @@ about ten times lower, and are soon found from below.
 class Safeguard:
     """Lowers the learning rates of a run that is chaotic, and takes a run that is lost back.
 
-    Where no learning rate is among the hyperparameters, a chaotic run loses its history alone, and
-    a lost one goes back only if hyperparameters have moved since: otherwise it is not their doing.
+    Both begin anew, without history and with a fresh outer optimizer. Where no learning rate is
+    among the hyperparameters, that is all for a chaotic run, and a lost one goes back only if
+    hyperparameters have moved since: otherwise it is not their doing.
 
     Args:
         module: The module.
@@ -131,15 +132,13 @@ class Safeguard:
         for hyper, best in zip(self._hypers, self._best_values, strict=True):
             is_rate = any(hyper is rate for rate in self._rates)
             hyper.assign(hyper.plain.minimum(best) if is_rate else best)
-        self._lower_rates(_RETREAT)
-        self._descent.restart()
-        self._method.reset()
+        self._begin_anew(_RETREAT)
         self._note("restored", f"the outer objective was {value:.3g}, so the run went back to its "
                    "best state so far, with a tenth of the learning rate")  # fmt: skip
         return True
 
     def calms(self, sensitivity: float) -> bool:
-        """Lower the learning rate and begin the history anew if the run is chaotic.
+        """Lower the learning rate and begin anew from here if the run is chaotic.
 
         Args:
             sensitivity: ||dw/du|| / ||w||; NaN where it is not known.
@@ -149,9 +148,7 @@ class Safeguard:
         """
         if not sensitivity > _CHAOS:
             return False
-        self._lower_rates(_CALMING)
-        self._descent.restart()
-        self._method.reset()
+        self._begin_anew(_CALMING)
         self._note("lowered", f"the weights' sensitivity is {sensitivity:.3g}, where hypergradients"
                    " mean nothing, so the learning rate was lowered")  # fmt: skip
         return True
@@ -176,10 +173,13 @@ class Safeguard:
         """Tell whether weights were added to the run since the best state."""
         return len(self._best["params"]) < len(self._method.params)
 
-    def _lower_rates(self, factor: float) -> None:
+    def _begin_anew(self, factor: float) -> None:
+        """Divide the learning rates; forget what history and outer optimizer have gathered."""
         for rate in self._rates:
             raw = rate.domain.to_raw(rate.plain / factor)
             rate.assign(rate.domain.from_raw(rate.domain.project(raw)))
+        self._descent.restart()
+        self._method.reset()
 
     def _keep(self, value: float) -> None:
         self._backtracking.best = value

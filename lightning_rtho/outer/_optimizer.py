@@ -19,10 +19,11 @@ def adam(params: list[Tensor]) -> Optimizer:
     """The default outer optimizer: Adam in raw space, with a short memory.
 
     As long as its hypergradient keeps its size and sign, each step changes a `Positive`
-    hyperparameter by a factor of exp(0.2) = 1.22, whatever the scale of the objective: so a value
-    far off is there soon. Where the hypergradient is noise, steps cancel; where there is a trend
-    in the noise, they follow it. Means over 5 and 20 updates are short enough for a
-    hypergradient that changes by orders of magnitude on the way.
+    hyperparameter by a factor of exp(0.2) = 1.22, whatever the scale of the objective, if only the
+    derivative by the raw value is far above Adam's eps of 1e-8: so a value far off is there soon.
+    Where the hypergradient is noise, steps cancel; where there is a trend in the noise, they follow
+    it. Means over 5 and 20 updates are short enough for a hypergradient that changes by orders of
+    magnitude on the way.
 
     Args:
         params: Raw values, each ``[*H]``.
