@@ -27,6 +27,7 @@ from lightning_rtho.linearization import (
     TracedLoss,
     cohort_jvp,
     cohorts,
+    load_forward_mode,
 )
 
 __all__ = ["ForwardHypergradient"]
@@ -80,6 +81,7 @@ class ForwardHypergradient(AbstractHypergradient):
         self.discount = discount
         self._needs_replay = needs_replay
         self._dtype = tangent_dtype
+        load_forward_mode()
         self.reset()
 
     def reset(self) -> None:

@@ -9,7 +9,7 @@ from lightning_rtho.linearization._statistics import (
     StatisticUpdate,
     TracedLoss,
 )
-from lightning_rtho.linearization._step import step_jvp, step_vjp
+from lightning_rtho.linearization._step import load_forward_mode, step_jvp, step_vjp
 from lightning_rtho.linearization._stop_gradient import stop_gradient, value_dependence
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "fused_step_jvp",
     "fused_step_vjp",
     "is_large",
+    "load_forward_mode",
     "step_jvp",
     "step_vjp",
     "stop_gradient",

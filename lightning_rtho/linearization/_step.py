@@ -1,5 +1,7 @@
 """The chain rule through one update of one parameter, in both directions."""
 
+import functools
+import warnings
 from typing import Any
 
 import torch
@@ -8,7 +10,18 @@ from torch import Tensor
 from lightning_rtho._types import Hypers, State, StateCotangent, StateTangent
 from lightning_rtho.dynamics import Transition, UpdateRule
 
-__all__ = ["dense", "push", "step_jvp", "step_vjp"]
+__all__ = ["dense", "load_forward_mode", "push", "step_jvp", "step_vjp"]
+
+
+@functools.cache
+def load_forward_mode() -> None:
+    """Have torch load its forward mode, which it does when it is first used.
+
+    From 2.14 on it warns meanwhile that a function is deprecated that it calls itself.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.func.jvp(torch.neg, (torch.zeros(()),), (torch.zeros(()),))
 
 
 def step_jvp(
