@@ -331,13 +331,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", choices=TASKS, default="digits")
     parser.add_argument("--data", type=Path, help="archive of the task's data")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--quick", action="store_true", help="one seed: 3 minutes on 2 cores")
     parser.add_argument("--steps", type=int, help="optimizer steps of each run")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    seeds = SEEDS[:1] if args.quick else SEEDS
+    seeds = args.seeds[:1] if args.quick else args.seeds
     settings = settings_of(args.task, seeds, ("lr", "all"))
     file = args.output / ("starts.json" if args.steps is None else f"starts-{args.steps}.json")
     archive = Archive(file, Setting, Result)
