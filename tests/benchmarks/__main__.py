@@ -67,14 +67,17 @@ def _arguments() -> argparse.Namespace:
         "--workloads", nargs="+", choices=names, default=[*_DEFAULT, "kernels", "cosine", "growth"]
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="all that apply by default")
-    parser.add_argument("--repeats", type=int, default=5, help="times to go round all methods")
+    parser.add_argument("--repeats", type=int, help="times to go round all methods: 5, or 1")
     parser.add_argument("--windows", type=int, default=3, help="windows measured in each training")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, help="of torch on the CPU")
     parser.add_argument("--no-memory", action="store_true", help="measure time alone")
-    parser.add_argument("--quick", action="store_true", help="networks of an eighth of the width")
+    parser.add_argument("--quick", action="store_true", help="an eighth of the width, once")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the JSON files")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.repeats is None:
+        args.repeats = 1 if args.quick else 5
+    return args
 
 
 def _measure(
