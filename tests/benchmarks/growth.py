@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from tests.benchmarks.memory import peak_memory
+from tests.benchmarks.memory import peak_in_use
 from tests.benchmarks.timing import compare
 from tests.benchmarks.workloads import make_task
 
@@ -42,9 +42,9 @@ def grow(
             weights = sum(p.numel() for p in make_task("weighted", **sizes).net.parameters())
             few = max(1, windows * 5 // sizes.get("hyper_batch_size", 5))
             timings = compare("weighted", sizes, _METHODS, device, repeats=repeats, windows=few)
-            plain = peak_memory("weighted", "plain", sizes, device)["in_use"] if memory else 1
+            plain = peak_in_use("weighted", "plain", sizes, device) if memory else 1
             for method, timing in timings.items():
-                peak = peak_memory("weighted", method, sizes, device)["in_use"] if memory else 0
+                peak = peak_in_use("weighted", method, sizes, device) if memory else 0
                 records.append({
                     "sweep": sweep,
                     "value": weights if sweep == "width" else value,

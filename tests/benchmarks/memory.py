@@ -17,7 +17,7 @@ import torch
 from tests.benchmarks.methods import METHODS
 from tests.benchmarks.workloads import make_task
 
-__all__ = ["peak_memory"]
+__all__ = ["peak_in_use", "peak_memory"]
 
 _WINDOWS = 2
 """Windows of a training: at the second, whatever a window leaves behind is there."""
@@ -42,17 +42,37 @@ def peak_memory(
         device: Where to train.
 
     Returns:
-        In bytes, ``process``: the peak of a whole process, libraries included, and ``in_use``: the
-        peak of what a training uses, above what the libraries take and without holes in the heap.
-        On CUDA both are the peak of allocated device memory.
+        In bytes, ``process``: the peak of a whole process, libraries included, and ``in_use``: as
+        :func:`peak_in_use`. On CUDA both are the peak of allocated device memory.
     """
-    arguments = [workload, method, json.dumps(options), device.type]
-    as_it_is, without_holes = (_measure_apart(arguments, setting) for setting in ({}, _NO_HOLES))
-    return {"process": as_it_is["process"], "in_use": without_holes["training"]}
+    process = _measure_apart(workload, method, options, device, {})["process"]
+    return {"process": process, "in_use": peak_in_use(workload, method, options, device)}
 
 
-def _measure_apart(arguments: list[str], environment: dict[str, str]) -> dict[str, int]:
+def peak_in_use(workload: str, method: str, options: dict[str, Any], device: torch.device) -> int:
+    """Measure what a training uses, above what the libraries take and without holes in the heap.
+
+    Args:
+        workload: Its name in ``WORKLOADS``.
+        method: Its name in ``METHODS``.
+        options: Sizes of the workload.
+        device: Where to train.
+
+    Returns:
+        Its peak in bytes.
+    """
+    return _measure_apart(workload, method, options, device, _NO_HOLES)["training"]
+
+
+def _measure_apart(
+    workload: str,
+    method: str,
+    options: dict[str, Any],
+    device: torch.device,
+    environment: dict[str, str],
+) -> dict[str, int]:
     """Run this module as a script."""
+    arguments = [workload, method, json.dumps(options), device.type]
     command = [sys.executable, "-m", "tests.benchmarks.memory", *arguments]
     finished = subprocess.run(
         command, env=os.environ | environment, capture_output=True, text=True, check=False
