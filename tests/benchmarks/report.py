@@ -24,10 +24,14 @@ Made by `python -m tests.benchmarks` and `python -m tests.benchmarks.report`.
 
 - **Time**: seconds a step over those of the same `Trainer.fit` without a callback, run just before and just after in the same process; the first window of each is left out. Median over repeats, smallest and largest in brackets. Evaluations of the outer objective, on a validation batch as large as a training batch, are part of every method.
 - **Floor**: counted passes, with 3 F for a plain gradient: RTHO 3 F + 6 m F, TRHO 9 F with kept graphs and 12 F recomputing, less the last product of a window, of which only the hyperparameters' part is needed. The outer objective's gradient, 1 / window more, is not in it. On a fraction f of the examples a product takes 6 f F, and the gradient below it 3 f F more.
-- **Memory**: peak of a training in a process of its own, over that of plain training: of the whole `process`, libraries included, and of what the training has `in use`, above the libraries and with freed blocks given back at once (glibc keeps holes in its heap else, plain training's as well). `states` is the peak in use above plain training's, in units of one training state (weights and optimizer buffers). The safeguard is off: it keeps one more state, which neither loops by hand nor peers have.
+- **Memory**: peak of a training in a process of its own, over that of plain training: of the whole `process`, libraries included, and of what the training has `in use`, above the libraries and with freed blocks given back at once (glibc keeps holes in its heap else, plain training's as well). `states` is the peak in use above plain training's, in units of one training state (weights and optimizer buffers): at the least m of `RTHO` and one a step of the window of `TRHO`, beside the graph of a step. The safeguard is off: it keeps one more state, which neither loops by hand nor peers have.
 - Loops by hand and peers train without Lightning and leave the hyperparameters where they are; a test holds their hypergradients against ours.
 - Betty 0.2.1 runs with three repairs: its `IterativeProblem` patches the optimizer twice, reads an attribute that is not there, and is installed by `pip install --ignore-requires-python betty-ml` on Python 3.11 and later.
 """  # noqa: E501
+
+
+_SMALL = 2**20
+"""Bytes of a training state below which the measure of memory is coarser than what it measures."""
 
 
 def table(results: dict[str, Any]) -> str:
@@ -52,7 +56,7 @@ def table(results: dict[str, Any]) -> str:
             f"**{timing['ratio']:.2f}** ({min(ratios):.2f}-{max(ratios):.2f})",
         ]
         memory = results["memory"].get(method)
-        if memory and plain and plain["in_use"] > 0:
+        if memory and plain and results["state_bytes"] > _SMALL:
             above = memory["in_use"] - plain["in_use"]
             row += [
                 f"{memory['process'] / plain['process']:.2f}",
@@ -88,7 +92,7 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogFormatter
 
-    labels = {"ratio": "time a step / plain", "memory_ratio": "peak memory / plain"}
+    labels = {"ratio": "time a step / plain", "memory_ratio": "memory in use / plain"}
     measured = [key for key in labels if any(record[key] for record in records)]
     figure, axes = plt.subplots(
         len(measured), 3, figsize=(12, 3 * len(measured)), sharey="row", layout="constrained",
@@ -115,7 +119,7 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
     for row, key in zip(axes[:, 0], measured, strict=True):
         row.set_ylabel(labels[key])
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
