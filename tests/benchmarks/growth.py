@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from tests.benchmarks.memory import peak_in_use
+from tests.benchmarks.memory import peak_memory
 from tests.benchmarks.timing import compare
 from tests.benchmarks.workloads import make_task
 
@@ -35,6 +35,10 @@ def grow(
     Returns:
         One record for each method at each value.
     """
+
+    def in_use(method: str, sizes: dict[str, Any]) -> int:
+        return peak_memory("weighted", method, sizes, device, without_holes=True)["training"]
+
     records = []
     for sweep, (_, values) in SWEEPS.items():
         for value in values:
@@ -42,15 +46,14 @@ def grow(
             weights = sum(p.numel() for p in make_task("weighted", **sizes).net.parameters())
             few = max(1, windows * 5 // sizes.get("hyper_batch_size", 5))
             timings = compare("weighted", sizes, _METHODS, device, repeats=repeats, windows=few)
-            plain = peak_in_use("weighted", "plain", sizes, device) if memory else 1
+            plain = in_use("plain", sizes) if memory else 1
             for method, timing in timings.items():
-                peak = peak_in_use("weighted", method, sizes, device) if memory else 0
                 records.append({
                     "sweep": sweep,
                     "value": weights if sweep == "width" else value,
                     "method": method,
                     "ratio": timing.as_dict()["ratio"],
-                    "memory_ratio": peak / plain,
+                    "memory_ratio": in_use(method, sizes) / plain if memory else 0,
                 })
                 print(records[-1], flush=True)
     return records

@@ -17,11 +17,10 @@ import torch
 from tests.benchmarks.methods import METHODS
 from tests.benchmarks.workloads import make_task
 
-__all__ = ["peak_in_use", "peak_memory"]
+__all__ = ["peak_memory"]
 
 _WINDOWS = 2
 """Windows of a training: at the second, whatever a window leaves behind is there."""
-
 
 _NO_HOLES = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 """Has glibc give freed blocks of a MiB and more back at once: its heap keeps holes of them else.
@@ -31,52 +30,31 @@ How many depends on the order in which sizes come and go, not on what a training
 
 
 def peak_memory(
-    workload: str, method: str, options: dict[str, Any], device: torch.device
-) -> dict[str, int]:
-    """Measure in other processes.
-
-    Args:
-        workload: Its name in ``WORKLOADS``.
-        method: Its name in ``METHODS``.
-        options: Sizes of the workload.
-        device: Where to train.
-
-    Returns:
-        In bytes, ``process``: the peak of a whole process, libraries included, and ``in_use``: as
-        :func:`peak_in_use`. On CUDA both are the peak of allocated device memory.
-    """
-    process = _measure_apart(workload, method, options, device, {})["process"]
-    return {"process": process, "in_use": peak_in_use(workload, method, options, device)}
-
-
-def peak_in_use(workload: str, method: str, options: dict[str, Any], device: torch.device) -> int:
-    """Measure what a training uses, above what the libraries take and without holes in the heap.
-
-    Args:
-        workload: Its name in ``WORKLOADS``.
-        method: Its name in ``METHODS``.
-        options: Sizes of the workload.
-        device: Where to train.
-
-    Returns:
-        Its peak in bytes.
-    """
-    return _measure_apart(workload, method, options, device, _NO_HOLES)["training"]
-
-
-def _measure_apart(
     workload: str,
     method: str,
     options: dict[str, Any],
     device: torch.device,
-    environment: dict[str, str],
+    *,
+    without_holes: bool = False,
 ) -> dict[str, int]:
-    """Run this module as a script."""
+    """Measure in another process.
+
+    Args:
+        workload: Its name in ``WORKLOADS``.
+        method: Its name in ``METHODS``.
+        options: Sizes of the workload.
+        device: Where to train.
+        without_holes: Whether the heap gives freed memory back at once; on CUDA no difference.
+
+    Returns:
+        In bytes, ``process``: the peak of the whole process, libraries included, and ``training``:
+        the peak above what the libraries take after a training of tiny size. On CUDA both are the
+        peak of allocated device memory.
+    """
     arguments = [workload, method, json.dumps(options), device.type]
     command = [sys.executable, "-m", "tests.benchmarks.memory", *arguments]
-    finished = subprocess.run(
-        command, env=os.environ | environment, capture_output=True, text=True, check=False
-    )
+    environment = os.environ | (_NO_HOLES if without_holes else {})
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if finished.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{finished.stderr[-2000:]}")
     measured: dict[str, int] = json.loads(finished.stdout.splitlines()[-1])

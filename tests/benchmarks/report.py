@@ -30,10 +30,6 @@ Made by `python -m tests.benchmarks` and `python -m tests.benchmarks.report`.
 """  # noqa: E501
 
 
-_SMALL = 2**20
-"""Bytes of a training state below which the measure of memory is coarser than what it measures."""
-
-
 def table(results: dict[str, Any]) -> str:
     """Lay out the results of one workload as a table.
 
@@ -56,7 +52,7 @@ def table(results: dict[str, Any]) -> str:
             f"**{timing['ratio']:.2f}** ({min(ratios):.2f}-{max(ratios):.2f})",
         ]
         memory = results["memory"].get(method)
-        if memory and plain and results["state_bytes"] > _SMALL:
+        if memory and plain:
             above = memory["in_use"] - plain["in_use"]
             row += [
                 f"{memory['process'] / plain['process']:.2f}",
@@ -74,9 +70,10 @@ def table(results: dict[str, Any]) -> str:
         for row in rows
     ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    repeats = max((len(timing["ratios"]) for timing in results["timings"].values()), default=0)
     heading = (
         f"**{results['workload']}**: {results['summary']}; m = {results['entries']}, "
-        f"window {results['hyper_batch_size']}"
+        f"window {results['hyper_batch_size']}; repeats: {repeats}"
     )
     return "\n".join([heading, "", *lines])
 
@@ -152,7 +149,8 @@ def main() -> None:
         parts += [
             "## Growth",
             f"The phone network at width {results['options'].get('width', 500)}, m weights for its "
-            f"examples, window 5, where not varied ({machine(results)}).",
+            f"examples, window 5, where not varied; repeats: {results['repeats']} "
+            f"({machine(results)}).",
             "![Cost over hyperparameters, window and weights](growth.png)",
         ]
     (args.output / "RESULTS.md").write_text("\n\n".join(part.strip() for part in parts) + "\n")
