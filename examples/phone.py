@@ -195,7 +195,7 @@ class Probe:
 
 @dataclass
 class Peak:
-    """The peak of resident memory above that of the process before the run."""
+    """The peak of memory, of the GPU's where it trains there, above that before the run."""
 
     setting: Probe
     megabytes: float
@@ -208,9 +208,10 @@ def measure_memory(probe: Probe, data: Path | None) -> Peak:
     for size in (SIZES[WARM_UPS[probe.size]], SIZES[probe.size]):
         task, _ = task_of(size, 40, split)
         gc.collect()
-        before = reset_peak_memory()
+        on_gpu = task.accelerator == "auto" and torch.cuda.is_available()
+        before = reset_peak_memory(on_gpu)
         METHODS[probe.method](task, 0, 0.0)
-    return Peak(probe, (peak_memory() - before) / 2**20)
+    return Peak(probe, (peak_memory(on_gpu) - before) / 2**20)
 
 
 def table(results: list[Result], peaks: dict[str, float]) -> str:

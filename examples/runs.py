@@ -101,15 +101,19 @@ def prepare_process() -> None:
 _STATUS = Path("/proc/self/status")
 
 
-def reset_peak_memory() -> int:
-    """Begin a new peak where the system can; return the resident bytes that it begins from."""
-    if _STATUS.exists():
+def reset_peak_memory(on_gpu: bool = False) -> int:
+    """Begin a new peak where the system can; return the bytes that it begins from."""
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    elif _STATUS.exists():
         Path("/proc/self/clear_refs").write_text("5")  # of this process alone
-    return peak_memory()
+    return peak_memory(on_gpu)
 
 
-def peak_memory() -> int:
-    """Return the largest number of resident bytes of this process."""
+def peak_memory(on_gpu: bool = False) -> int:
+    """Return the largest number of resident bytes of this process, or of those on the GPU."""
+    if on_gpu:
+        return torch.cuda.max_memory_allocated()
     if _STATUS.exists():  # a child's `getrusage` begins there with its parent's peak
         line = next(x for x in _STATUS.read_text().splitlines() if x.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024

@@ -22,7 +22,7 @@ from lightning_rtho.callbacks._checks import (
     check_settings,
     refusals_explained,
 )
-from lightning_rtho.callbacks._coupling import decoupled_coordinates
+from lightning_rtho.callbacks._coupling import decoupled_coordinates, learning_rates
 from lightning_rtho.callbacks._curvature import CurvatureSample
 from lightning_rtho.callbacks._diagnostics import Diagnostic, Diagnostics
 from lightning_rtho.callbacks._metric import MetricObjective
@@ -35,7 +35,12 @@ from lightning_rtho.callbacks._summary import Plan, summary_of
 from lightning_rtho.hypergradient import AbstractHypergradient, Fault
 from lightning_rtho.hyperparameters import Hyperparameter
 from lightning_rtho.optim import DifferentiableOptimizer
-from lightning_rtho.outer import HyperparameterDescent, OuterOptimizerCallable, relative_slopes
+from lightning_rtho.outer import (
+    HyperparameterDescent,
+    OuterOptimizerCallable,
+    adam,
+    relative_slopes,
+)
 from lightning_rtho.schedule import OuterUpdate, Schedule
 
 __all__ = ["HypergradientCallback"]
@@ -193,7 +198,10 @@ class HypergradientCallback(Callback):
         if self._outer_optimizer is not None:
             hypers = list(self._tuned.values())
             self._descent = HyperparameterDescent(
-                hypers, self._outer_optimizer, decoupled_coordinates(hypers, optimizers)
+                hypers,
+                self._outer_optimizer,
+                decoupled_coordinates(hypers, optimizers),
+                learning_rates(hypers, optimizers) if self._outer_optimizer is adam else (),
             )
             if self.safeguard:
                 self._safeguard = Safeguard(
@@ -326,23 +334,27 @@ class HypergradientCallback(Callback):
         sensitivity = method.sensitivity(relative_slopes(list(self._tuned.values())))
         if self._diagnostics:
             self._diagnose(trainer, hypergradient)
-        if safeguard is not None and is_finite and safeguard.calms(sensitivity):
-            self._write_down(trainer, value, hypergradient, sensitivity, "lowered")
+        if safeguard is not None and is_finite and (action := safeguard.calms(value, sensitivity)):
+            self._write_down(trainer, value, hypergradient, sensitivity, action)
             return
         if self._is_frozen(trainer, method, is_finite, hypergradient):
             return
         if safeguard is not None:
             safeguard.look_at(value)
         if self._descent is not None:
-            self._move(self._descent, method, hypergradient)
+            self._move(self._descent, method, hypergradient, value)
         self._write_down(trainer, value, hypergradient, sensitivity, None)
 
     def _move(
-        self, descent: HyperparameterDescent, method: AbstractHypergradient, hypergradient: Tensor
+        self,
+        descent: HyperparameterDescent,
+        method: AbstractHypergradient,
+        hypergradient: Tensor,
+        value: float,
     ) -> None:
         """Move the hyperparameters, and the history with them."""
         old = descent.jacobian() if method.keeps_history else None
-        descent.step(hypergradient)
+        descent.step(hypergradient, value)
         if old is not None:
             method.transport(old, descent.jacobian())
 

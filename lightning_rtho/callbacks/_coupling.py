@@ -7,7 +7,23 @@ from lightning_rtho.hyperparameters import Hyperparameter
 from lightning_rtho.optim import DifferentiableOptimizer
 from lightning_rtho.outer import Coordinates
 
-__all__ = ["decoupled_coordinates"]
+__all__ = ["decoupled_coordinates", "learning_rates"]
+
+
+def learning_rates(
+    hypers: Sequence[Hyperparameter], optimizers: Sequence[DifferentiableOptimizer]
+) -> list[int]:
+    """Return the positions of the hyperparameters that act as learning rates.
+
+    Args:
+        hypers: The hyperparameters, each ``[*H]``.
+        optimizers: Optimizers that some of them act in.
+
+    Returns:
+        The positions, in order.
+    """
+    rates = {id(rate) for o in optimizers for rate in o.acting_as("lr").values()}
+    return [position for position, hyper in enumerate(hypers) if id(hyper) in rates]
 
 
 def decoupled_coordinates(

@@ -44,8 +44,10 @@ class RTHO(HypergradientCallback):
             dict to choose the domains; None for all that the module declares.
         hyper_batch_size: Optimizer steps between outer updates.
         outer_optimizer: Makes a torch optimizer of the list of raw tensors, by default
-            ``Adam(raw, lr=0.2, betas=(0.8, 0.95))``; None observes: hypergradients are computed and
-            logged, nothing is moved, and training is bitwise what it is without the callback.
+            ``Adam(raw, lr=0.2, betas=(0.8, 0.95))``, by whose steps learning rates move five times
+            as far as long as they do nothing: until a raw unit would change the outer objective by
+            1 %. None observes: hypergradients are computed and logged, nothing is moved, and
+            training is bitwise what it is without the callback.
         dataloader: Data of the outer objective; None takes the trainer's validation loader.
         outer_batches: Validation batches in one evaluation: a loss is averaged over them, a metric
             taken of all together.
@@ -70,9 +72,11 @@ class RTHO(HypergradientCallback):
             10), and to take a run that is lost back to its best state so far, with a tenth of the
             rate: one whose outer objective is 5 % above its start or not finite, or whose weights
             have moved more than twice their length from the best state without a gain of 20 % for
-            every two lengths. That state is one more copy of the training state, also in
-            checkpoints. With an `objective` to be maximized, whose size says nothing of how far it
-            has fallen, no run goes back.
+            every two lengths. In its first 10 updates a run goes back to its start, and that gain
+            is asked for every length that its weights have moved, or depend on the logarithm of
+            the rate by (the sensitivity). The best state is one more copy of the training state,
+            also in checkpoints. With an `objective` to be maximized, whose size says nothing of
+            how far it has fallen, no run goes back.
         summary: Whether to print before the run what is tuned, where it acts, and what that will
             cost in time and memory.
         diagnostics: What to log beside at every outer update: ``"hypergradient_cosine"``, between

@@ -1,13 +1,14 @@
 """What is done where a run has become chaotic or is lost: lower the rate, go back."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_rtho.callbacks._coupling import learning_rates
 from lightning_rtho.callbacks._snapshot import (
     distance_from,
     move_snapshot,
@@ -43,9 +44,10 @@ about ten times lower, and are soon found from below.
 class Safeguard:
     """Lowers the learning rates of a run that is chaotic, and takes a run that is lost back.
 
-    Both begin anew, without history and with a fresh outer optimizer. Where no learning rate is
-    among the hyperparameters, that is all for a chaotic run, and a lost one goes back only if
-    hyperparameters have moved since: otherwise it is not their doing.
+    Both begin anew, without history and with a fresh outer optimizer. A run is on trial in its
+    first updates: where it sets out too fast, it begins again. Where no learning rate is among the
+    hyperparameters, there is no trial, a fresh history is all for a chaotic run, and a lost one
+    goes back only if hyperparameters have moved since: otherwise it is not their doing.
 
     Args:
         module: The module.
@@ -74,8 +76,7 @@ class Safeguard:
         self._module, self._method, self._optimizers = module, method, optimizers
         self._judges_objective = judges_objective
         self._hypers, self._descent = list(hypers), descent
-        rates = {id(rate) for o in optimizers for rate in o.acting_as("lr").values()}
-        self._rates = [hyper for hyper in hypers if id(hyper) in rates]
+        self._rates = [self._hypers[i] for i in learning_rates(hypers, optimizers)]
         self._backtracking = Backtracking()
         self._best: dict[str, Any] = {}
         self._best_values: list[Tensor] = []
@@ -94,7 +95,7 @@ class Safeguard:
             value: Its outer objective.
         """
         if self._judges_objective:
-            self._backtracking.begin(value)
+            self._backtracking.begin(value, on_trial=bool(self._rates))
         if self.has_begun:
             self._keep(value)
 
@@ -108,6 +109,7 @@ class Safeguard:
             self.begin(value)
         elif self._has_grown() or self._backtracking.is_worth_keeping(value):
             self._keep(value)
+        self._backtracking.go_on()
 
     def goes_back(self, value: float, evaluate_again: Callable[[], float]) -> bool:
         """Go back to the best state, with a lower learning rate, if the run is lost.
@@ -129,29 +131,45 @@ class Safeguard:
         if not self._backtracking.confirms(value, evaluate_again(), distance):
             self._restore(present)
             return False
+        self._retreat(f"the outer objective was {value:.3g}, so the run went back to its best "
+                      "state so far")  # fmt: skip
+        return True
+
+    def _retreat(self, what: str) -> None:
+        """Take the values of the best state, which has been restored, with a tenth of the rate."""
         for hyper, best in zip(self._hypers, self._best_values, strict=True):
             is_rate = any(hyper is rate for rate in self._rates)
             hyper.assign(hyper.plain.minimum(best) if is_rate else best)
         self._begin_anew(_RETREAT)
-        self._note("restored", f"the outer objective was {value:.3g}, so the run went back to its "
-                   "best state so far, with a tenth of the learning rate")  # fmt: skip
-        return True
+        self._backtracking.begin_again()
+        self._note("restored", f"{what}, with a tenth of the learning rate")
 
-    def calms(self, sensitivity: float) -> bool:
-        """Lower the learning rate and begin anew from here if the run is chaotic.
+    def calms(self, value: float, sensitivity: float) -> Literal["lowered", "restored"] | None:
+        """Lower the learning rate if the run is chaotic, and begin again if it was so at once.
 
         Args:
+            value: Outer objective of the present state.
             sensitivity: ||dw/du|| / ||w||; NaN where it is not known.
 
         Returns:
-            Whether it was.
+            What was done: the rate lowered and history begun anew from here, or the best state
+            restored, which is the start; None where the run is calm.
         """
-        if not sensitivity > _CHAOS:
-            return False
-        self._begin_anew(_CALMING)
-        self._note("lowered", f"the weights' sensitivity is {sensitivity:.3g}, where hypergradients"
-                   " mean nothing, so the learning rate was lowered")  # fmt: skip
-        return True
+        if self._sets_out_too_fast(value, sensitivity):
+            self._restore(self._best)
+            self._retreat(f"the weights' sensitivity is {sensitivity:.3g} already, so the run began"
+                          " again")  # fmt: skip
+            return "restored"
+        if sensitivity > _CHAOS:
+            self._begin_anew(_CALMING)
+            self._note("lowered", f"the weights' sensitivity is {sensitivity:.3g}, where "
+                       "hypergradients mean nothing, so the learning rate was lowered")  # fmt: skip
+            return "lowered"
+        return None
+
+    def _sets_out_too_fast(self, value: float, sensitivity: float) -> bool:
+        too_fast = self._backtracking.sets_out_too_fast(value, sensitivity)
+        return too_fast and not self._has_grown()
 
     def _note(self, kind: str, what: str) -> None:
         """Count, and warn the first time."""

@@ -41,7 +41,8 @@ class TRHO(HypergradientCallback):
 
     Args:
         hyperparameters: As `RTHO`.
-        hyper_batch_size: Optimizer steps in a window, and between outer updates.
+        hyper_batch_size: Optimizer steps in a window, and between outer updates. Shorter windows
+            cost less memory and lower learning rates earlier.
         outer_optimizer: As `RTHO`.
         dataloader: As `RTHO`.
         outer_batches: As `RTHO`.
@@ -51,7 +52,7 @@ class TRHO(HypergradientCallback):
             is ``Recompute()``.
         start_step: As `RTHO`.
         stop_step: As `RTHO`.
-        safeguard: As `RTHO`, but a chaotic run is not recognized by its sensitivity.
+        safeguard: As `RTHO`, but by the weights alone: the sensitivity is not known.
         summary: As `RTHO`.
         diagnostics: As `RTHO`, but ``"hypergradient_cosine"`` alone.
 
@@ -75,7 +76,7 @@ class TRHO(HypergradientCallback):
         self,
         hyperparameters: Selection = None,
         *,
-        hyper_batch_size: int = 10,
+        hyper_batch_size: int = 20,
         outer_optimizer: OuterOptimizerCallable | None = adam,
         dataloader: Iterable[Any] | None = None,
         outer_batches: int = 1,

@@ -179,9 +179,9 @@ def read_hypers(rule: type[UpdateRule], group: Mapping[str, Any], device: torch.
     for name in rule.domains:
         value = get_setting(group, name)
         if isinstance(value, Tensor):
-            hyper[name] = value.detach().reshape(()).to(device)
+            hyper[name] = value.detach().reshape(()).to(device, non_blocking=True)
         else:
-            hyper[name] = torch.tensor(value, dtype=exact, device=device)
+            hyper[name] = torch.tensor(value, dtype=exact).to(device, non_blocking=True)
     return hyper
 
 

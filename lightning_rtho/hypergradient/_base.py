@@ -308,7 +308,10 @@ def are_finite(tensors: Sequence[Tensor]) -> Tensor:
     """
     if not tensors:
         return torch.tensor(True)
-    return torch.stack([tensor.sum(dtype=torch.float32) for tensor in tensors]).isfinite().all()
+    # Hyperparameters that are numbers stand on the host, whatever the weights are on.
+    device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
+    sums = [tensor.sum(dtype=torch.float32).to(device, non_blocking=True) for tensor in tensors]
+    return torch.stack(sums).isfinite().all()
 
 
 def edited(step: OptimizerStep, traced: Sequence[Tensor | None]) -> Tensor:

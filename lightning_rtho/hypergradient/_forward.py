@@ -27,6 +27,7 @@ from lightning_rtho.linearization import (
     TracedLoss,
     cohort_jvp,
     cohorts,
+    is_large,
     load_forward_mode,
 )
 
@@ -383,11 +384,19 @@ class ForwardHypergradient(AbstractHypergradient):
         """
         self._settle()
         change = torch.linalg.solve(new.T, old.T)
-        parts = [value for tangent in self.tangents for value in tangent.values()]
-        grads = [grad for grad in self._grads_dot if grad is not None]
-        for part in (*parts, *self.statistic_tangents.values(), *grads):
+
+        def carried(part: Tensor) -> Tensor:
             exact = torch.promote_types(part.dtype, torch.float32)
-            part.copy_(torch.tensordot(change.to(part.device, exact), part.to(exact), dims=1))
+            moved: Tensor = torch.tensordot(change.to(part.device, exact), part.to(exact), dims=1)
+            return moved.to(part)
+
+        for tangent in self.tangents:
+            for name, part in tangent.items():
+                # In place where it is advanced so; what is small may be expanded from few numbers.
+                tangent[name] = part.copy_(carried(part)) if is_large(part[0]) else carried(part)
+        for buffer, part in self.statistic_tangents.items():
+            self.statistic_tangents[buffer] = carried(part)
+        self._grads_dot = [None if part is None else carried(part) for part in self._grads_dot]
 
     def weight_tangents(self) -> list[Tensor | None]:
         """See :meth:`AbstractHypergradient.weight_tangents`; the part of Z that is the weights'."""
@@ -422,5 +431,5 @@ def _stack(columns: Sequence[Tensor | None], like: Tensor) -> Tensor | None:
 def _one_hot(position: int, size: int, like: Tensor) -> Tensor:
     """Unit vector ``[size]`` of the dtype and on the device of `like`."""
     vector = torch.zeros(size, dtype=like.dtype, device=like.device)
-    vector[position] = 1
+    vector[position].fill_(1)  # on the device; assigning a number waits for it
     return vector

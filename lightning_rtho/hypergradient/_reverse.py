@@ -114,13 +114,18 @@ class ReverseHypergradient(AbstractHypergradient):
             Cotangents of the raw gradients, one a transition, each ``[*P]``.
         """
         grads_bar: Sequence[Tensor] = []
+        columns: list[int] = []
+        parts: list[Tensor] = []
         for transition in step.transitions:
             alpha = alphas[transition.index]
             state_bar, grad_bar, hyper_bar = fused_step_vjp(transition, alpha)
             alphas[transition.index] = state_bar
-            for name, column in transition.columns.items():
-                total[column] += transition.slopes.get(name, 1.0) * hyper_bar[name].to(total)
+            columns += transition.columns.values()
+            parts += [
+                transition.slopes.get(name, 1.0) * hyper_bar[name] for name in transition.columns
+            ]
             grads_bar = [*grads_bar, grad_bar]
+        _add_entries(total, columns, parts)
         if step.clip is not None and step.transitions:
             grads_bar = step.clip.vjp(step.raw_grads, grads_bar)
         return grads_bar
@@ -210,6 +215,15 @@ def _cotangents(gradients: Sequence[Tensor | None]) -> list[StateCotangent]:
     given = [gradient for gradient in gradients if gradient is not None]
     arena = Arena(given[0].device if given else torch.device("cpu"), Arena.size_of(given))
     return [{} if gradient is None else {"param": arena.copy(gradient)} for gradient in gradients]
+
+
+def _add_entries(total: Tensor, columns: Sequence[int], parts: Sequence[Tensor]) -> None:
+    """Add scalars to entries of `total`, which the host holds: fetched from each device at once."""
+    for device, dtype in {(part.device, part.dtype) for part in parts}:
+        pairs = zip(columns, parts, strict=True)
+        alike = [pair for pair in pairs if (pair[1].device, pair[1].dtype) == (device, dtype)]
+        values = torch.stack([part for _, part in alike]).to(total)
+        total.index_add_(0, torch.tensor([column for column, _ in alike]), values)
 
 
 def _add_to(alpha: StateCotangent, part: Tensor) -> None:

@@ -162,7 +162,7 @@ def _cast(number: Tensor, others: Sequence[Tensor]) -> Tensor:
         torch.promote_types, floating or [torch.get_default_dtype()], torch.float32
     )
     with torch._C.DisableTorchFunctionSubclass():
-        return number.as_subclass(Tensor).to(others[0].device, dtype)
+        return number.as_subclass(Tensor).to(others[0].device, dtype, non_blocking=True)
 
 
 for _name in ("add", "sub", "mul", "truediv", "pow"):

@@ -5,6 +5,7 @@ from lightning_rtho.outer._batches import CyclingBatches
 from lightning_rtho.outer._coordinates import Coordinates, relative_slopes
 from lightning_rtho.outer._objective import outer_gradient
 from lightning_rtho.outer._optimizer import HyperparameterDescent, OuterOptimizerCallable, adam
+from lightning_rtho.outer._ramp import Ramp
 
 __all__ = [
     "Backtracking",
@@ -12,6 +13,7 @@ __all__ = [
     "CyclingBatches",
     "HyperparameterDescent",
     "OuterOptimizerCallable",
+    "Ramp",
     "adam",
     "outer_gradient",
     "relative_slopes",

@@ -15,6 +15,17 @@ Networks that learn have moved less in 20 steps; those whose rate is so large th
 by 5 to 100 lengths in 10 steps, and E then rests within 4 % of its start.
 """
 
+_FAR_ON_TRIAL = 1.0
+"""The same in the first updates.
+
+Rates that are two or three times too large do not lose a run, but harm its network for good; they
+lead by one length in 10 steps, those that learn well do so once E has fallen.
+"""
+
+_TRIAL = 10
+"""Outer updates at the beginning of a run that can be thrown away and made again at a lower rate.
+"""
+
 _GAIN = 0.2
 """The gain that is asked for every such distance, as a part of E at its beginning."""
 
@@ -28,19 +39,21 @@ class Backtracking:
 
     A run is lost where E is 5 % above its start or is not finite; or where the weights have moved
     by more than twice their own length from the best state and E has not fallen by 20 % for every
-    two lengths. Since E is taken on other data every time, the best state is evaluated on the same
-    before it is believed.
+    two lengths. In its first 10 updates it is on trial: it has to gain as much for every length,
+    and the start stays the best state. Since E is taken on other data every time, the best state is
+    evaluated on the same before it is believed.
 
     Attributes:
         start: E where the run began; NaN before :meth:`begin`.
         best: E of the state that is kept.
+        trial: Outer updates that are left of the trial.
 
     Example:
         >>> backtracking = Backtracking()
         >>> backtracking.begin(2.0)
         >>> backtracking.suspects(2.05, distance=0.1), backtracking.suspects(2.2, distance=0.1)
         (False, True)
-        >>> backtracking.suspects(1.9, distance=6.0), backtracking.suspects(1.0, distance=6.0)
+        >>> backtracking.suspects(1.9, distance=3.0), backtracking.suspects(1.0, distance=3.0)
         (True, False)
         >>> backtracking.confirms(2.2, best=2.3, distance=0.1)  # it was the data
         False
@@ -48,20 +61,27 @@ class Backtracking:
 
     def __init__(self) -> None:
         self.start = self.best = math.nan
+        self.trial = 0
 
     @property
     def has_begun(self) -> bool:
         """Whether there is a start to compare with."""
         return not math.isnan(self.start)
 
-    def begin(self, value: float) -> None:
+    @property
+    def _far(self) -> float:
+        return _FAR_ON_TRIAL if self.trial > 0 else _FAR
+
+    def begin(self, value: float, *, on_trial: bool = True) -> None:
         """Take down where the run begins; where E is not finite, it does not begin yet.
 
         Args:
             value: E.
+            on_trial: Whether there is a trial: without a learning rate to lower there is no use.
         """
         if math.isfinite(value):
             self.start = self.best = value
+            self.trial = _TRIAL if on_trial else 0
 
     def suspects(self, value: float, distance: float) -> bool:
         """Tell whether the run seems lost.
@@ -74,7 +94,7 @@ class Backtracking:
             Whether it seems so.
         """
         risen = not value <= self.start + _RISE * abs(self.start)
-        return risen or _strayed(value, self.best, distance)
+        return risen or _strayed(value, self.best, distance, self._far)
 
     def confirms(self, value: float, best: float, distance: float) -> bool:
         """Tell whether the run is lost, given E of the best state on the same data.
@@ -88,7 +108,16 @@ class Backtracking:
             Whether it is.
         """
         risen = not value <= best + _RISE * abs(best)
-        return math.isfinite(best) and (risen or _strayed(value, best, distance))
+        strayed = _strayed(value, best, distance, self._far)
+        return math.isfinite(best) and (risen or strayed)
+
+    def go_on(self) -> None:
+        """Count an update of the trial that the run has stood."""
+        self.trial = max(self.trial - 1, 0)
+
+    def begin_again(self) -> None:
+        """Begin the trial anew, if the run is on trial still."""
+        self.trial = _TRIAL if self.trial > 0 else 0
 
     def is_worth_keeping(self, value: float) -> bool:
         """Tell whether the present state is so much better than the best that it is to be kept.
@@ -97,13 +126,29 @@ class Backtracking:
             value: E.
 
         Returns:
-            Whether it is; about 90 times while E falls to a hundredth.
+            Whether it is; about 90 times while E falls to a hundredth, and never on trial.
         """
-        return value < self.best - _NEWS * abs(self.best)
+        return self.trial == 0 and value < self.best - _NEWS * abs(self.best)
+
+    def sets_out_too_fast(self, value: float, sensitivity: float) -> bool:
+        """Tell whether the first steps of a run are too long, from its dependence on the rate.
+
+        As long as steps go downhill, weights depend on the learning rate as they have moved by it:
+        dw/dlog lr is w - w_0. Where they depend on it by more than their length, gains are asked
+        for as for so long a way.
+
+        Args:
+            value: E.
+            sensitivity: ||dw/dlog lr|| / ||w||; NaN where it is not known.
+
+        Returns:
+            Whether they are; after the trial not any more.
+        """
+        return self.trial > 0 and _strayed(value, self.best, sensitivity, _FAR_ON_TRIAL)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return both values."""
-        return {"start": self.start, "best": self.best}
+        """Return both values, and where the trial stands."""
+        return {"start": self.start, "best": self.best, "trial": self.trial}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned.
@@ -111,12 +156,12 @@ class Backtracking:
         Args:
             state: The state.
         """
-        self.start, self.best = state["start"], state["best"]
+        self.start, self.best, self.trial = state["start"], state["best"], state["trial"]
 
 
-def _strayed(value: float, best: float, distance: float) -> bool:
+def _strayed(value: float, best: float, distance: float, far: float) -> bool:
     """Tell whether the weights have gone far for too small a gain."""
-    if not distance > _FAR:
+    if not distance > far:
         return False
-    gain = 1 - (1 - _GAIN) ** (distance / _FAR)
+    gain = 1 - (1 - _GAIN) ** (distance / far)
     return not value < best - gain * abs(best)

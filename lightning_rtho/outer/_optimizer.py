@@ -1,5 +1,6 @@
 """Descent on hyperparameters, in the raw coordinates of their domains."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -9,6 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_rtho.hyperparameters import Hyperparameter
 from lightning_rtho.outer._coordinates import Coordinates
+from lightning_rtho.outer._ramp import Ramp
 
 __all__ = ["HyperparameterDescent", "OuterOptimizerCallable", "adam"]
 
@@ -41,6 +43,8 @@ class HyperparameterDescent:
         hyperparameters: What is moved, each ``[*H]``.
         make_optimizer: Makes a torch optimizer of a list of raw tensors.
         coordinates: Raw coordinates of the hyperparameters; None takes those of their domains.
+        ramped: Positions of learning rates that move farther as long as they do nothing, as
+            :class:`Ramp` says.
 
     Example:
         >>> from lightning_rtho import Positive
@@ -56,8 +60,10 @@ class HyperparameterDescent:
         hyperparameters: Sequence[Hyperparameter],
         make_optimizer: OuterOptimizerCallable,
         coordinates: Coordinates | None = None,
+        ramped: Sequence[int] = (),
     ) -> None:
         self.hyperparameters = list(hyperparameters)
+        self._ramped, self._ramp = list(ramped), Ramp()
         self._coordinates = coordinates or Coordinates(hyperparameters)
         self._make_optimizer = make_optimizer
         self.restart()
@@ -72,6 +78,7 @@ class HyperparameterDescent:
         return {
             "raw": [raw.detach().clone() for raw in self.raw],
             "optimizer": self.optimizer.state_dict(),
+            "ramp": self._ramp.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -84,6 +91,7 @@ class HyperparameterDescent:
             for raw, value in zip(self.raw, state["raw"], strict=True):
                 raw.copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
+        self._ramp.load_state_dict(state["ramp"])
 
     def jacobian(self) -> Tensor:
         """Return dlambda/du, natural by raw values where they stand, ``[m, m]``, float64."""
@@ -98,11 +106,12 @@ class HyperparameterDescent:
         found: Tensor = torch.autograd.functional.jacobian(natural, flat)
         return found
 
-    def step(self, hypergradient: Tensor) -> None:
+    def step(self, hypergradient: Tensor, objective: float = math.nan) -> None:
         """Make one outer step and write the new natural values into the hyperparameters.
 
         Args:
             hypergradient: dE/dlambda with respect to natural values ``[m]``.
+            objective: E; where it is not given, no learning rate moves farther than others.
         """
         with torch.enable_grad():
             values = self._coordinates.to_natural(self.raw)
@@ -113,7 +122,15 @@ class HyperparameterDescent:
         gradients = torch.autograd.grad(values, self.raw, cotangents)
         for raw, gradient in zip(self.raw, gradients, strict=True):
             raw.grad = gradient
+        rates = [self.raw[i] for i in self._ramped]
+        before = [rate.detach().clone() for rate in rates]
         self.optimizer.step()
+        if rates:
+            change = sum(gradients[i].abs().sum().item() for i in self._ramped)
+            stretch = self._ramp.stretch(change, objective)
+            with torch.no_grad():
+                for rate, old in zip(rates, before, strict=True):
+                    rate.copy_(old.lerp(rate, stretch))
         self._coordinates.project(self.raw)
         with torch.no_grad():
             values = self._coordinates.to_natural(self.raw)

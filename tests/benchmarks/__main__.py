@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from tests.benchmarks.workloads import WORKLOADS, Task, make_task
 
 _SMALL = 2**20
 """Bytes of a training state below which the measure of memory is coarser than what it measures."""
+
+_AT_ONCE = {"cpu": 1, "cuda": 8}
+"""Processes whose memory is measured side by side: a process knows its own on a device."""
 
 _DEFAULT = ("phone", "cnn", "transformer", "many", "layers", "small")
 
@@ -97,7 +101,10 @@ def _measure(
     )
     memory = {}
     if not args.no_memory and _state_bytes(task) > _SMALL:
-        memory = {m: _memory(workload, m, options, device) for m in ("plain", *methods)}
+        names = ("plain", *methods)
+        with ThreadPoolExecutor(_AT_ONCE[device.type]) as pool:
+            found = pool.map(lambda method: _memory(workload, method, options, device), names)
+            memory = dict(zip(names, found, strict=True))
     return {
         "workload": workload,
         "summary": task.summary + (", an eighth as wide" if options else ""),

@@ -138,6 +138,48 @@ def test_noisy_data_do_not_send_a_good_run_back(method):
     assert actions(callback) == [None] * 6
 
 
+# Runs that set out too fast
+
+TOO_FAST = {"forward": 0.66, "reverse": 0.67}
+"""Rates by which three steps lower the objective, but far less than a lower rate would."""
+
+
+def weights_after_three_steps(lr):
+    module = SmallNet(optim.SGD, lr=lr)
+    fit(module, steps=3)
+    return validation_loss(module), nn.utils.parameters_to_vector(module.parameters()).detach()
+
+
+@quiet
+@each_method
+def test_a_run_that_sets_out_too_fast_begins_again_with_a_tenth_of_the_rate(method):
+    """By its sensitivity where that is known; else by how far its weights have gone."""
+    lr, begin = TOO_FAST[method], SmallNet(optim.SGD)
+    loss, weights = weights_after_three_steps(lr)
+    assert loss < validation_loss(begin)
+    callback = METHODS[method](["lr"], hyper_batch_size=3)
+    module = SmallNet(optim.SGD, lr=lr)
+    trainer = fit(module, callback, steps=3)
+    if method == "forward":
+        nearby = [weights_after_three_steps(lr * factor)[1] for factor in (1 - 1e-5, 1 + 1e-5)]
+        sensitivity = (nearby[1] - nearby[0]).norm() / 2e-5 / weights.norm()
+        # Float64 differences at a step of 1e-5 err by about 1e-9.
+        assert callback.schedule[0].sensitivity == pytest.approx(sensitivity.item(), rel=1e-6)
+    assert actions(callback) == ["restored"]
+    for one, other in zip(module.parameters(), begin.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert not trainer.optimizers[0].state
+    assert callback.hyperparameters["lr"].item() == pytest.approx(lr / 10, rel=1e-12)
+
+
+@each_method
+@pytest.mark.parametrize("lr", [1e-4, 0.1, 0.3])
+def test_a_run_that_sets_out_well_is_left_alone(method, lr):
+    callback = METHODS[method](["lr"], hyper_batch_size=3)
+    fit(SmallNet(optim.SGD, lr=lr, momentum=0.5), callback, steps=3)
+    assert actions(callback) == [None]
+
+
 # Chaotic runs
 
 

@@ -132,6 +132,39 @@ def test_the_default_moves_a_rate_by_a_fifth_whatever_the_scale(scale):
         assert hyper.plain.log().item() == pytest.approx(math.log(0.01) + 0.2 * step, rel=1e-3)
 
 
+def test_a_rate_that_does_nothing_moves_five_times_as_far_and_others_do_not():
+    rate, other = Hyperparameter(1e-6, Positive()), Hyperparameter(1e-6, Positive())
+    descent = HyperparameterDescent([rate, other], adam, ramped=[0])
+    travelled = []
+    for change in (1e-4, 1e-4, 1.0, 1e-4):  # of an objective of 1, by a raw unit
+        before = rate.plain.log().item(), other.plain.log().item()
+        step = -change / torch.stack([rate.plain, other.plain])
+        descent.step(step, objective=1.0)
+        travelled.append((rate.plain.log() - before[0], other.plain.log() - before[1]))
+    (first, ordinary), (second, _), *later = travelled
+    # Adam's first steps have a length of 0.2, but for its eps of 1e-8 beside 1e-4.
+    assert first.item() == pytest.approx(1.0, rel=1e-3)
+    assert second.item() == pytest.approx(1.0, rel=1e-3)
+    assert ordinary.item() == pytest.approx(0.2, rel=1e-3)
+    for moved, beside in later:
+        assert moved.item() == pytest.approx(beside.item(), rel=1e-12)
+
+
+def test_a_descent_that_is_resumed_goes_on_as_it_was():
+    values = []
+    for is_resumed in (False, True):
+        hyper = Hyperparameter(1e-6, Positive())
+        descent = HyperparameterDescent([hyper], adam, ramped=[0])
+        for change in (1e-4, 1.0, 1e-4, 1e-4):
+            if is_resumed:
+                state = descent.state_dict()
+                descent = HyperparameterDescent([hyper], adam, ramped=[0])
+                descent.load_state_dict(state)
+            descent.step(-change / hyper.plain.reshape(1), objective=1.0)
+        values.append(hyper.item())
+    assert values[0] == values[1]
+
+
 def test_the_default_follows_a_trend_in_noise_and_not_the_noise():
     generator = torch.Generator().manual_seed(0)
     travelled = {}
