@@ -214,8 +214,8 @@ def main() -> None:
         for start in STARTS
         for method, callback in [
             ("baseline", None),
-            ("RTHO", RTHO(hyper_batch_size=10)),
-            ("TRHO", TRHO(hyper_batch_size=10)),
+            ("RTHO", RTHO()),
+            ("TRHO", TRHO()),
         ]
     ]
     print_table(runs)

@@ -263,7 +263,7 @@ def draw(results: list[Result]) -> Figure:
 
 def draw_time(ax: Axes, results: list[Result]) -> None:
     """Draw test accuracy over what it took."""
-    on_the_left = {"fixed", "RTHO-NT", "optuna", "random"}  # of points that meet others
+    on_the_left = {"fixed", "RTHO-quarter", "TRHO", "random"}  # of points that meet others
     for name in METHODS:
         row = of_method(results, name)
         color = COLORS.get(
