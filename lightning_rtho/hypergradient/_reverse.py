@@ -219,7 +219,7 @@ def _cotangents(gradients: Sequence[Tensor | None]) -> list[StateCotangent]:
 
 def _add_entries(total: Tensor, columns: Sequence[int], parts: Sequence[Tensor]) -> None:
     """Add scalars to entries of `total`, which the host holds: fetched from each device at once."""
-    for device, dtype in {(part.device, part.dtype) for part in parts}:
+    for device, dtype in dict.fromkeys((part.device, part.dtype) for part in parts):
         pairs = zip(columns, parts, strict=True)
         alike = [pair for pair in pairs if (pair[1].device, pair[1].dtype) == (device, dtype)]
         values = torch.stack([part for _, part in alike]).to(total)

@@ -201,3 +201,25 @@ def test_double_backward_of_normalization_in_training_mode_is_exact():
     expected = torch.func.hessian(by_hand)(w.detach()) @ v
     # The quotient by the batch deviation costs some digits of the Hessian.
     torch.testing.assert_close(product.params[0], expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("change", "holds"), [(1e-5, True), (1e-2, False)])
+def test_a_kept_graph_may_round_otherwise_but_not_give_another_gradient(change, holds):
+    """One entry in a hundred differs: as sums in any order do, or as weights that have moved."""
+    factors = torch.ones(100, dtype=torch.float32)
+
+    class Rescaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * factors
+
+    w = torch.linspace(-1, 1, 100, dtype=torch.float32).requires_grad_()
+    kept = Linearization(TracedLoss(Rescaled.apply(w).square().sum()), [w], [])
+    assert kept.still_holds()
+    factors = factors.clone()
+    factors[0] += change
+    assert kept.still_holds() == holds
