@@ -1,4 +1,7 @@
-"""Functions with a defined derivative at their singular points."""
+"""What all layers share: slopes at singular points, rounding, copies to a device."""
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,3 +26,53 @@ def sqrt_zero_slope(x: Tensor) -> Tensor:
     """
     positive = x > 0
     return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
+
+
+def tolerance(tensors: Sequence[Tensor]) -> float:
+    """Return the relative difference below which gradients count as the same.
+
+    The root of eps: far above the rounding of a sum taken in another order, far below an edit.
+
+    Args:
+        tensors: The gradients, each ``[*P]``.
+
+    Returns:
+        The tolerance of the coarsest of their dtypes.
+    """
+    return math.sqrt(max(torch.finfo(tensor.dtype).eps for tensor in tensors))
+
+
+def differ(grads: Sequence[Tensor], others: Sequence[Tensor | None]) -> Tensor:
+    """Tell whether gradients differ, taken together, by more than rounding.
+
+    Together, since kernels that sum in any order, as on CUDA, leave single entries that do.
+
+    Args:
+        grads: Gradients, each ``[*P]``; at least one.
+        others: What they are held against, each ``[*P]``; None is zero.
+
+    Returns:
+        A boolean ``[]``, not yet synchronised with the host; False where they are not finite.
+    """
+    differences, norms = [], []
+    for grad, other in zip(grads, others, strict=True):
+        differences.append((grad if other is None else grad - other).norm())
+        norms.append(grad.norm())
+    found: Tensor = torch.stack(differences).norm() > tolerance(grads) * torch.stack(norms).norm()
+    return found
+
+
+def sent_to(device: torch.device, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Copy a small tensor to a device; if that is CUDA, without waiting for its work.
+
+    Anywhere else a copy that is not waited for may be read before it is there.
+
+    Args:
+        device: Where to.
+        tensor: What.
+        dtype: Of the copy; None keeps it.
+
+    Returns:
+        The copy, or the tensor itself where nothing changes.
+    """
+    return tensor.to(device, dtype or tensor.dtype, non_blocking=device.type == "cuda")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_rtho._numerics import sent_to
 from lightning_rtho._types import Hypers, State
 from lightning_rtho.dynamics._adadelta import AdadeltaRule
 from lightning_rtho.dynamics._adagrad import AdagradRule
@@ -179,9 +180,9 @@ def read_hypers(rule: type[UpdateRule], group: Mapping[str, Any], device: torch.
     for name in rule.domains:
         value = get_setting(group, name)
         if isinstance(value, Tensor):
-            hyper[name] = value.detach().reshape(()).to(device, non_blocking=True)
+            hyper[name] = sent_to(device, value.detach().reshape(()))
         else:
-            hyper[name] = torch.tensor(value, dtype=exact).to(device, non_blocking=True)
+            hyper[name] = sent_to(device, torch.tensor(value, dtype=exact))
     return hyper
 
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from lightning_rtho._numerics import differ, sent_to
 from lightning_rtho.dynamics import Transition, UpdateRule
-from lightning_rtho.hypergradient._fingerprint import tolerance
 from lightning_rtho.linearization import GradientClip, TracedLoss
 
 __all__ = [
@@ -310,7 +310,7 @@ def are_finite(tensors: Sequence[Tensor]) -> Tensor:
         return torch.tensor(True)
     # Hyperparameters that are numbers stand on the host, whatever the weights are on.
     device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
-    sums = [tensor.sum(dtype=torch.float32).to(device, non_blocking=True) for tensor in tensors]
+    sums = [sent_to(device, tensor.sum(dtype=torch.float32)) for tensor in tensors]
     return torch.stack(sums).isfinite().all()
 
 
@@ -326,18 +326,8 @@ def edited(step: OptimizerStep, traced: Sequence[Tensor | None]) -> Tensor:
     """
     if step.is_traced is not None:
         return torch.tensor(not step.is_traced)
-    differs = _differ(step.raw_grads, traced)
+    differs = differ(step.raw_grads, traced)
     if step.clip is not None:
         grads = [transition.grad for transition in step.transitions]
-        differs = differs | _differ(grads, step.clip(*step.raw_grads))
+        differs = differs | differ(grads, step.clip(*step.raw_grads))
     return differs
-
-
-def _differ(grads: Sequence[Tensor], others: Sequence[Tensor | None]) -> Tensor:
-    """Tell whether gradients differ by more than rounding."""
-    differences, norms = [], []
-    for grad, other in zip(grads, others, strict=True):
-        differences.append((grad if other is None else grad - other).norm())
-        norms.append(grad.norm())
-    differ: Tensor = torch.stack(differences).norm() > tolerance(grads) * torch.stack(norms).norm()
-    return differ

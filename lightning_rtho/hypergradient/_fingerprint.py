@@ -1,12 +1,13 @@
 """Knowing gradients again without keeping them."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["fingerprint", "is_of", "tolerance"]
+from lightning_rtho._numerics import tolerance
+
+__all__ = ["fingerprint", "is_of"]
 
 
 def fingerprint(tensors: Sequence[Tensor]) -> Tensor:
@@ -40,17 +41,3 @@ def is_of(prints: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     allowed = tolerance(tensors) * found[1].norm()
     differs: Tensor = (found - prints.to(found.device)).norm() > allowed
     return ~differs
-
-
-def tolerance(tensors: Sequence[Tensor]) -> float:
-    """Return the relative difference below which gradients count as the same.
-
-    The root of eps: far above the rounding of a sum taken in another order, far below an edit.
-
-    Args:
-        tensors: The gradients, each ``[*P]``.
-
-    Returns:
-        The tolerance of the coarsest of their dtypes.
-    """
-    return math.sqrt(max(torch.finfo(tensor.dtype).eps for tensor in tensors))

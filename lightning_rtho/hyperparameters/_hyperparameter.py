@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_rtho._numerics import sent_to
 from lightning_rtho.hyperparameters._domains import Domain, Interval, NonNegative, Positive, Real
 
 __all__ = ["Hyperparameter"]
@@ -162,7 +163,7 @@ def _cast(number: Tensor, others: Sequence[Tensor]) -> Tensor:
         torch.promote_types, floating or [torch.get_default_dtype()], torch.float32
     )
     with torch._C.DisableTorchFunctionSubclass():
-        return number.as_subclass(Tensor).to(others[0].device, dtype, non_blocking=True)
+        return sent_to(others[0].device, number.as_subclass(Tensor), dtype)
 
 
 for _name in ("add", "sub", "mul", "truediv", "pow"):

@@ -1,6 +1,5 @@
 """The gradient of one loss and products with its Hessian, from the loss's own graph."""
 
-import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple, final
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from lightning_rtho._numerics import differ
 from lightning_rtho.linearization._statistics import TracedLoss
 from lightning_rtho.linearization._stop_gradient import stops_gradient, value_dependence
 
@@ -124,11 +124,8 @@ class Linearization:
         ]
         if not pairs:
             return True
-        # As a whole: kernels that sum in any order, as on CUDA, have entries that differ by more.
-        differences = torch.stack([(first - second).norm() for first, second in pairs]).norm()
-        length = torch.stack([first.norm() for first, _ in pairs]).norm()
-        rounding = math.sqrt(max(torch.finfo(first.dtype).eps for first, _ in pairs))
-        return not bool(differences > rounding * length)
+        firsts, seconds = zip(*pairs, strict=True)
+        return not bool(differ(firsts, seconds))
 
     def _unscaled(self, parts: list[Tensor | None]) -> list[Tensor | None]:
         if self._scale == 1:

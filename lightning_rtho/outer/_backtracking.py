@@ -144,7 +144,7 @@ class Backtracking:
         Returns:
             Whether they are; after the trial not any more.
         """
-        return self.trial > 0 and _strayed(value, self.best, sensitivity, _FAR_ON_TRIAL)
+        return self.trial > 0 and _strayed(value, self.best, sensitivity, self._far)
 
     def state_dict(self) -> dict[str, Any]:
         """Return both values, and where the trial stands."""

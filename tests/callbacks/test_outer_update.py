@@ -38,22 +38,20 @@ def test_learning_rate_grows_where_it_is_too_small(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_rate_that_does_nothing_grows_by_a_factor_of_e_by_default_alone(method):
+    start = {"lr": 1e-6, "l2": 0.01}
     settings = {"default": {}, "own": {"outer_optimizer": partial(optim.Adam, lr=0.2)}}
     factors = {}
     for name, setting in settings.items():
-        module = SmallNet(lr=1e-6, l2=Hyperparameter(0.01, Positive()))
+        module = SmallNet(lr=start["lr"], l2=Hyperparameter(start["l2"], Positive()))
         domains = {"lr": Positive(), "l2": Positive()}
         callback = METHODS[method](domains, hyper_batch_size=2, **setting)
         fit(module, callback, steps=2)
         (update,) = callback.schedule
-        factors[name] = [(update.values[key] / old).item() for key, old in START.items()]
+        factors[name] = [(update.values[key] / old).item() for key, old in start.items()]
     # Adam's first step has its full length, but for its eps of 1e-8 beside a derivative of 1e-5.
     assert factors["default"][0] == pytest.approx(math.e, rel=1e-2)
     assert factors["own"][0] == pytest.approx(math.exp(0.2), rel=1e-2)
     assert factors["default"][1] == factors["own"][1]
-
-
-START = {"lr": 1e-6, "l2": 0.01}
 
 
 @pytest.mark.parametrize("method", METHODS)
