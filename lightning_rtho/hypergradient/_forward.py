@@ -384,19 +384,18 @@ class ForwardHypergradient(AbstractHypergradient):
         """
         self._settle()
         change = torch.linalg.solve(new.T, old.T)
-
-        def carried(part: Tensor) -> Tensor:
-            exact = torch.promote_types(part.dtype, torch.float32)
-            moved: Tensor = torch.tensordot(change.to(part.device, exact), part.to(exact), dims=1)
-            return moved.to(part)
-
         for tangent in self.tangents:
             for name, part in tangent.items():
                 # In place where it is advanced so; what is small may be expanded from few numbers.
-                tangent[name] = part.copy_(carried(part)) if is_large(part[0]) else carried(part)
+                if is_large(part[0]):
+                    _combine_rows(change, part)
+                else:
+                    tangent[name] = _combined(change, part)
         for buffer, part in self.statistic_tangents.items():
-            self.statistic_tangents[buffer] = carried(part)
-        self._grads_dot = [None if part is None else carried(part) for part in self._grads_dot]
+            self.statistic_tangents[buffer] = _combined(change, part)
+        self._grads_dot = [
+            None if part is None else _combined(change, part) for part in self._grads_dot
+        ]
 
     def weight_tangents(self) -> list[Tensor | None]:
         """See :meth:`AbstractHypergradient.weight_tangents`; the part of Z that is the weights'."""
@@ -426,6 +425,32 @@ def _stack(columns: Sequence[Tensor | None], like: Tensor) -> Tensor | None:
     if len(columns) == 1 and columns[0] is not None:
         return columns[0].detach()[None]
     return torch.stack([torch.zeros_like(like) if c is None else c for c in columns]).detach()
+
+
+def _combined(weights: Tensor, rows: Tensor) -> Tensor:
+    """Return ``weights @ rows`` for weights ``[k, m]`` and rows ``[m, ...]``."""
+    exact = torch.promote_types(rows.dtype, torch.float32)
+    combined: Tensor = torch.tensordot(weights.to(rows.device, exact), rows.to(exact), dims=1)
+    return combined.to(rows)
+
+
+def _combine_rows(weights: Tensor, rows: Tensor) -> None:
+    """Overwrite large rows ``[m, ...]`` by ``weights @ rows``; many weights are those of I."""
+    exact = torch.promote_types(rows.dtype, torch.float32)
+    mixed, scaled = {}, {}
+    for row, line in enumerate(weights.tolist()):
+        (first, weight), *others = [(i, w) for i, w in enumerate(line) if w != 0]  # regular
+        if not others and first == row:
+            scaled[row] = weight
+            continue
+        mixed[row] = weight * rows[first].to(exact)
+        for other, weight in others:
+            mixed[row].add_(rows[other], alpha=weight)
+    for row, weight in scaled.items():
+        if weight != 1:
+            rows[row].mul_(weight)
+    for row, value in mixed.items():
+        rows[row].copy_(value)
 
 
 def _one_hot(position: int, size: int, like: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_rtho.hypergradient import ForwardHypergradient
-from lightning_rtho.linearization import TracedLoss
+from lightning_rtho.linearization import TracedLoss, _fused
 from tests.helpers import (
     CASES,
     PROBLEMS,
@@ -120,6 +120,25 @@ def test_history_that_is_taken_along_is_that_of_a_shift_of_all_raw_values(name):
         rtol=1e-10,  # entry by entry, after 6 steps
         atol=0,
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_history_is_taken_along_in_place(dtype):
+    w = torch.zeros(_fused._LARGE, requires_grad=True)
+    hypers = [torch.ones((), requires_grad=True) for _ in range(4)]
+    method = ForwardHypergradient([w], hypers, tangent_dtype=dtype)
+    history = torch.randn(4, *w.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    state = {"tangents": [{"param": history.clone()}], "statistic_tangents": {}}
+    method.load_state_dict(state, recollection=None)
+    (before,) = method.weight_tangents()
+    old, new = torch.diag(torch.tensor([0.5, 1.0, 2.0, 0.3])), torch.eye(4)
+    old[0, 3], new[0, 3], new[1, 2] = 0.7, -0.4, 0.2  # rates that move with another entry
+    method.transport(old, new)
+    (found,) = method.weight_tangents()
+    exact = new.double().T.inverse() @ old.double().T @ history.double()
+    # Three products are added; then the sum is rounded once.
+    torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    assert found.data_ptr() == before.data_ptr()
 
 
 def test_reset_makes_the_present_state_a_constant():
