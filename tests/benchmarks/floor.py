@@ -5,9 +5,9 @@ from tests.benchmarks.methods import FRACTION
 
 __all__ = ["floor"]
 
-_FORWARD = {"rtho", "forward_loop", "rtho_quarter", "rtho_bfloat16"}
-_REVERSE = {"trho_keep", "reverse_loop", "higher", "torchopt", "betty"}
-_RECOMPUTING = {"trho_recompute", "trho_offload", "trho_quarter"}
+_FORWARD = {"rtho", "forward_loop", "forward_passes", "rtho_quarter", "rtho_bfloat16"}
+_REVERSE = {"trho_keep", "reverse_loop", "higher", "torchopt", "betty", "keep_passes"}
+_RECOMPUTING = {"trho_recompute", "trho_offload", "trho_quarter", "recompute_passes"}
 _SAMPLING = {"rtho_quarter", "trho_quarter"}
 
 

@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import lightning as L
@@ -21,7 +22,7 @@ from lightning_rtho import (
 )
 from lightning_rtho.callbacks import HypergradientCallback
 from lightning_rtho.hyperparameters import declared_hyperparameters
-from tests.benchmarks import loops, peers
+from tests.benchmarks import loops, passes, peers
 from tests.benchmarks.workloads import Task
 
 __all__ = ["FRACTION", "METHODS", "TITLES", "Method", "available_methods", "train_quietly"]
@@ -163,6 +164,9 @@ METHODS: dict[str, Method] = {
     "higher": peers.higher,
     "torchopt": peers.torchopt,
     "betty": peers.betty,
+    "forward_passes": passes.forward_passes,
+    "keep_passes": partial(passes.reverse_passes, recomputes=False),
+    "recompute_passes": partial(passes.reverse_passes, recomputes=True),
 }
 
 TITLES = {
@@ -181,6 +185,9 @@ TITLES = {
     "higher": "higher",
     "torchopt": "TorchOpt",
     "betty": "Betty",
+    "forward_passes": "gradients and products of forward mode, alone",
+    "keep_passes": "those of reverse mode with kept graphs",
+    "recompute_passes": "those of reverse mode, recomputing",
 }
 
 

@@ -90,9 +90,9 @@ class Phone(Task):
 
     summary = "5-layer ReLU network, 15.7 M weights, batch 200, SGD with momentum"
     methods = (
-        "rtho", "forward_loop", "trho_keep", "trho_recompute", "trho_offload", "reverse_loop",
-        "higher", "torchopt", "betty", "rtho_quarter", "trho_quarter", "rtho_bfloat16", "idle",
-        "replay",
+        "rtho", "forward_loop", "forward_passes", "trho_keep", "trho_recompute", "trho_offload",
+        "reverse_loop", "higher", "torchopt", "betty", "keep_passes", "recompute_passes",
+        "rtho_quarter", "trho_quarter", "rtho_bfloat16", "idle", "replay",
     )  # fmt: skip
 
     def __init__(self, smaller: int = 1, width: int = 2000, hyper_batch_size: int = 5) -> None:
@@ -137,7 +137,7 @@ class Layers(Phone):
     """The phone network with a learning rate and a weight decay for each layer."""
 
     summary = "the phone network, a learning rate and a weight decay for each layer"
-    methods = ("rtho", "forward_loop")
+    methods = ("rtho", "forward_loop", "forward_passes")
 
     def make_hypers(self) -> dict[str, Tensor]:
         rates = {f"lr{i}": Hyperparameter(1e-2, Positive()) for i in range(5)}
@@ -194,8 +194,8 @@ class Cnn(Task):
 
     summary = "two convolutions and two linear layers, 3.3 M weights, batch 50, Adam"
     methods = (
-        "rtho", "forward_loop", "trho_keep", "trho_recompute", "reverse_loop", "rtho_quarter",
-        "trho_quarter", "idle", "replay",
+        "rtho", "forward_loop", "forward_passes", "trho_keep", "trho_recompute", "reverse_loop",
+        "keep_passes", "recompute_passes", "rtho_quarter", "trho_quarter", "idle", "replay",
     )  # fmt: skip
 
     def __init__(self, smaller: int = 1, hyper_batch_size: int = 10) -> None:
@@ -229,7 +229,7 @@ class Many(Cnn):
     """The cnn with one weight for each of 5,000 training examples."""
 
     summary = "the cnn, a weight for each of 5,000 examples"
-    methods = ("trho_keep", "trho_recompute", "reverse_loop")
+    methods = ("trho_keep", "trho_recompute", "reverse_loop", "keep_passes", "recompute_passes")
     distinct_batches = 100
 
     def make_hypers(self) -> dict[str, Tensor]:
@@ -281,7 +281,10 @@ class Transformer(Task):
     """A small decoder: 4 layers, width 256, context 128, AdamW."""
 
     summary = "decoder of 4 layers, width 256, context 128, 3.7 M weights, batch 8, AdamW"
-    methods = ("rtho", "forward_loop", "trho_keep", "trho_recompute", "reverse_loop")
+    methods = (
+        "rtho", "forward_loop", "forward_passes", "trho_keep", "trho_recompute", "reverse_loop",
+        "keep_passes", "recompute_passes",
+    )  # fmt: skip
 
     def __init__(self, smaller: int = 1, hyper_batch_size: int = 10) -> None:
         self.vocabulary, self.context = 1000, 128 // smaller
