@@ -117,6 +117,7 @@ class Result:
     validation_error: float
     values: dict[str, float] = field(default_factory=dict)
     stuck: list[str] = field(default_factory=list)
+    held: list[str] = field(default_factory=list)
     safeguards: dict[str, int] = field(default_factory=dict)
     is_finite: bool = True
     seconds: float = 0.0
@@ -182,6 +183,7 @@ def run(setting: Setting, data: Path | None, steps: int | None = None) -> Result
         result.values = {name: v.item() for name, v in callback.hyperparameters.items()}
         result.is_finite &= all(math.isfinite(value) for value in result.values.values())
         result.stuck = stuck_at_a_bound(callback.schedule)
+        result.held = held_at_a_bound(callback.schedule, result.stuck)
         acted = [update.safeguard for update in callback.schedule if update.safeguard]
         result.safeguards = {kind: acted.count(kind) for kind in sorted(set(acted))}
     return result
@@ -210,6 +212,22 @@ def stuck_at_a_bound(updates: Sequence[OuterUpdate]) -> list[str]:
             for update in last_half
         )
     ]
+
+
+def held_at_a_bound(updates: Sequence[OuterUpdate], names: Sequence[str]) -> list[str]:
+    """Return those of the values at a bound that descent would take off it in the last half.
+
+    The others are where they should be: the objective falls towards the bound.
+    """
+    last_half = updates[len(updates) // 2 :]
+    held = []
+    for name in names:
+        slopes = [update.hypergradients[name].item() for update in last_half]
+        slope = sum(slope for slope in slopes if math.isfinite(slope))
+        at_lower_bound = last_half[-1].values[name].item() < 0.5  # each lies in [0, 1)
+        if slope < 0 if at_lower_bound else slope > 0:
+            held.append(name)
+    return held
 
 
 def settings_of(task: str, seeds: Sequence[int], tuned: Sequence[str]) -> list[Setting]:
@@ -265,10 +283,11 @@ def print_table(results: Sequence[Result]) -> None:
     print("a: starts with an error of at most the fixed run's + 2 standard errors")
     print("b: starts with an error of at most 1.1 times that of the best fixed rate")
     print("n: runs that end in NaN; s: runs with a value at a bound for their last half")
+    print("h: those of s whose mean hypergradient there points inside")
     print(
         f"{'task':7} {'inside':6} {'method':6} {'tuned':7} "
         + " ".join(f"{lr:>6g}" for lr in lrs)
-        + "    a    b  n  s  runs"
+        + "    a    b  n  s  h  runs"
     )
     for task, optimizer, tuned, method in rows_of(results):
         row = group_of(results, task=task, optimizer=optimizer, tuned=tuned, method=method)
@@ -278,9 +297,10 @@ def print_table(results: Sequence[Result]) -> None:
         verdict = f"{no_worse}/{starts}" if method != "fixed" else "-"
         broken = sum(not result.is_finite for result in row)
         stuck = sum(bool(result.stuck) for result in row)
+        held = sum(bool(result.held) for result in row)
         print(
             f"{task:7} {optimizer:6} {method:6} {tuned:7} {' '.join(cells)}  {verdict:>3}  "
-            f"{near_best}/{starts} {broken:2} {stuck:2}  {len(row):4}"
+            f"{near_best}/{starts} {broken:2} {stuck:2} {held:2}  {len(row):4}"
         )
 
 

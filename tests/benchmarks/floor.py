@@ -5,10 +5,11 @@ from tests.benchmarks.methods import FRACTION
 
 __all__ = ["floor"]
 
-_FORWARD = {"rtho", "forward_loop", "forward_passes", "rtho_quarter", "rtho_bfloat16"}
+_FORWARD = {"rtho", "forward_loop", "forward_passes", "rtho_bfloat16"}
 _REVERSE = {"trho_keep", "reverse_loop", "higher", "torchopt", "betty", "keep_passes"}
-_RECOMPUTING = {"trho_recompute", "trho_offload", "trho_quarter", "recompute_passes"}
-_SAMPLING = {"rtho_quarter", "trho_quarter"}
+_RECOMPUTING = {"trho_recompute", "trho_offload", "recompute_passes"}
+_FORWARD_ON_SAMPLES = {"rtho_quarter", "forward_passes_quarter"}
+_REVERSE_ON_SAMPLES = {"trho_quarter", "recompute_passes_quarter"}
 
 
 def floor(method: str, *, entries: int, hyper_batch_size: int) -> float:
@@ -28,10 +29,10 @@ def floor(method: str, *, entries: int, hyper_batch_size: int) -> float:
     Returns:
         The ratio.
     """
-    fraction = FRACTION if method in _SAMPLING else 1.0
-    if method in _FORWARD:
+    fraction = FRACTION if method in _FORWARD_ON_SAMPLES | _REVERSE_ON_SAMPLES else 1.0
+    if method in _FORWARD | _FORWARD_ON_SAMPLES:
         return forward_cost(entries, fraction).ratio
-    if method in _REVERSE | _RECOMPUTING:
-        again = method in _RECOMPUTING
+    if method in _REVERSE | _RECOMPUTING | _REVERSE_ON_SAMPLES:
+        again = method not in _REVERSE
         return reverse_cost(hyper_batch_size, recomputes=again, fraction=fraction).ratio
     return 1.0

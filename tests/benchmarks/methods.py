@@ -167,6 +167,8 @@ METHODS: dict[str, Method] = {
     "forward_passes": passes.forward_passes,
     "keep_passes": partial(passes.reverse_passes, recomputes=False),
     "recompute_passes": partial(passes.reverse_passes, recomputes=True),
+    "forward_passes_quarter": partial(passes.forward_passes, fraction=FRACTION),
+    "recompute_passes_quarter": partial(passes.reverse_passes, recomputes=True, fraction=FRACTION),
 }
 
 TITLES = {
@@ -185,9 +187,11 @@ TITLES = {
     "higher": "higher",
     "torchopt": "TorchOpt",
     "betty": "Betty",
-    "forward_passes": "gradients and products of forward mode, alone",
-    "keep_passes": "those of reverse mode with kept graphs",
-    "recompute_passes": "those of reverse mode, recomputing",
+    "forward_passes": "gradients and products of forward mode alone",
+    "keep_passes": "those of reverse mode, graphs kept, alone",
+    "recompute_passes": "those of reverse mode, recomputing, alone",
+    "forward_passes_quarter": "those of forward mode, on a quarter, alone",
+    "recompute_passes_quarter": "those of reverse mode, on a quarter, alone",
 }
 
 

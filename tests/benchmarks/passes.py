@@ -19,13 +19,28 @@ _Graphs = tuple[Sequence[Tensor], Sequence[Tensor | None]]
 
 
 def forward_passes(
-    task: Task, device: torch.device, steps: int, after_step: Callable[[], None]
+    task: Task,
+    device: torch.device,
+    steps: int,
+    after_step: Callable[[], None],
+    *,
+    fraction: float = 1.0,
 ) -> None:
-    """Compute the gradient of each step, and a product with the Hessian for each entry."""
+    """Compute the gradient of each step, and a product with the Hessian for each entry.
+
+    Args:
+        task: The task.
+        device: Where to run.
+        steps: Steps.
+        after_step: Called after each.
+        fraction: Share of a batch's examples that products are taken on, beside the gradient.
+    """
     problem = Problem(task, device)
     vectors = [torch.randn_like(param) for param in problem.params]
     for step, batch in enumerate(itertools.islice(problem.train, steps), start=1):
-        grads, direct = _gradients(problem, batch)
+        if fraction < 1:
+            torch.autograd.grad(problem.loss(batch), problem.params)
+        grads, direct = _gradients(problem, _part(batch, fraction))
         for leaf, mixed in zip(problem.leaves, direct, strict=True):
             for entry in range(leaf.numel()):
                 outputs, along = list(grads), list(vectors)
@@ -47,6 +62,7 @@ def reverse_passes(
     after_step: Callable[[], None],
     *,
     recomputes: bool,
+    fraction: float = 1.0,
 ) -> None:
     """Compute the gradient of each step, and a product for each on the way back through a window.
 
@@ -56,6 +72,7 @@ def reverse_passes(
         steps: Steps.
         after_step: Called after each.
         recomputes: Whether gradients are computed again rather than their graphs kept.
+        fraction: Share of a batch's examples on which they are computed again.
     """
     problem = Problem(task, device)
     kept: list[tuple[Batch, _Graphs | None]] = []
@@ -67,7 +84,7 @@ def reverse_passes(
             vectors = torch.autograd.grad(problem.outer_objective(), problem.params)
             while kept:
                 batch, graphs = kept.pop()
-                grads, direct = graphs or _gradients(problem, batch)
+                grads, direct = graphs or _gradients(problem, _part(batch, fraction))
                 used = [
                     leaf for leaf, d in zip(problem.leaves, direct, strict=True) if d is not None
                 ]
@@ -76,6 +93,11 @@ def reverse_passes(
                     torch.autograd.grad(grads, wanted, vectors)
                 del graphs, grads, direct
         after_step()
+
+
+def _part(batch: Batch, fraction: float) -> Batch:
+    """Return the first examples of a batch."""
+    return [tensor[: int(fraction * len(tensor))] for tensor in batch]
 
 
 def _gradients(problem: Problem, batch: Batch) -> _Graphs:

@@ -10,6 +10,7 @@ from tests.benchmarks.workloads import WORKLOADS, make_task
 CPU = torch.device("cpu")
 WITHOUT_HYPERGRADIENT = (
     "idle", "replay", "forward_passes", "keep_passes", "recompute_passes",
+    "forward_passes_quarter", "recompute_passes_quarter",
 )  # fmt: skip
 BELOW_THE_FLOOR = ("rtho_quarter", "trho_quarter", "rtho_bfloat16")
 """Methods that give an estimate; tests of their own hold it against the exact one."""

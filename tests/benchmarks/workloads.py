@@ -92,7 +92,8 @@ class Phone(Task):
     methods = (
         "rtho", "forward_loop", "forward_passes", "trho_keep", "trho_recompute", "trho_offload",
         "reverse_loop", "higher", "torchopt", "betty", "keep_passes", "recompute_passes",
-        "rtho_quarter", "trho_quarter", "rtho_bfloat16", "idle", "replay",
+        "rtho_quarter", "forward_passes_quarter", "trho_quarter", "recompute_passes_quarter",
+        "rtho_bfloat16", "idle", "replay",
     )  # fmt: skip
 
     def __init__(self, smaller: int = 1, width: int = 2000, hyper_batch_size: int = 5) -> None:
@@ -195,7 +196,8 @@ class Cnn(Task):
     summary = "two convolutions and two linear layers, 3.3 M weights, batch 50, Adam"
     methods = (
         "rtho", "forward_loop", "forward_passes", "trho_keep", "trho_recompute", "reverse_loop",
-        "keep_passes", "recompute_passes", "rtho_quarter", "trho_quarter", "idle", "replay",
+        "keep_passes", "recompute_passes", "rtho_quarter", "forward_passes_quarter",
+        "trho_quarter", "recompute_passes_quarter", "idle", "replay",
     )  # fmt: skip
 
     def __init__(self, smaller: int = 1, hyper_batch_size: int = 10) -> None:
