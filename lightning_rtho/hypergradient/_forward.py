@@ -265,6 +265,7 @@ class ForwardHypergradient(AbstractHypergradient):
             are_products_finite.append(are_finite(grads_dot))
             keep = ~(is_finite & are_products_finite[-1])
             self._push(step, columns, grads_dot, keep)
+            del grads_dot  # before the next are made
         self._note(step, is_finite, torch.stack(are_products_finite).all())
         self._pending = None
         self._end_step(step)
