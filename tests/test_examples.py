@@ -15,6 +15,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lightning_rtho import OuterUpdate
+
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 OPTIONS = {
@@ -157,6 +159,24 @@ def test_starts_prints_a_row_for_each_kind_of_run_and_goes_on_where_it_was_stopp
         assert len(rows) == 10
         assert rows[0][:4] == ["digits", "SGD", "fixed", "nothing"]
         assert all(row[-1] == "8" for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("momentum", "slope", "held"),
+    [(0, 1.0, []), (0, -1.0, ["momentum"]), (1, 1.0, ["momentum"]), (1, -1.0, [])],
+)
+def test_starts_tells_values_that_are_held_at_a_bound_from_those_that_belong_there(
+    monkeypatch, momentum, slope, held
+):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    starts = importlib.import_module("starts")
+    values = [0.5, momentum, momentum]
+    updates = [
+        OuterUpdate(i, {"momentum": torch.tensor(v)}, {"momentum": torch.tensor(slope)}, 0.0)
+        for i, v in enumerate(values)
+    ]
+    assert starts.stuck_at_a_bound(updates) == ["momentum"]
+    assert starts.held_at_a_bound(updates, ["momentum"]) == held
 
 
 def table_of(folder, script):
