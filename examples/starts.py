@@ -43,6 +43,7 @@ TUNED = {
     "Adam": {"lr": ["lr"], "all": ["lr", "beta1", "weight_decay"]},
 }
 CALLBACKS: dict[str, Callable[..., RTHO | TRHO]] = {"RTHO": RTHO, "TRHO": TRHO}
+BOUNDS = {"momentum": (2e-6, 1 - 2e-6), "beta1": (2e-6, 1 - 2e-6), "weight_decay": (0, 1e9)}
 COLORS = {"fixed": "0.45", "RTHO": "tab:blue", "TRHO": "tab:orange"}
 
 
@@ -202,13 +203,12 @@ def stuck_at_a_bound(updates: Sequence[OuterUpdate]) -> list[str]:
     """Return what stayed at an end of its domain for the last half of the run."""
     names = updates[0].values if updates else {}
     last_half = updates[len(updates) // 2 :]
-    bounds = {"momentum": (2e-6, 1 - 2e-6), "beta1": (2e-6, 1 - 2e-6), "weight_decay": (0, 1e9)}
     return [
         name
         for name in names
-        if name in bounds
+        if name in BOUNDS
         and all(
-            not bounds[name][0] < update.values[name].item() < bounds[name][1]
+            not BOUNDS[name][0] < update.values[name].item() < BOUNDS[name][1]
             for update in last_half
         )
     ]
@@ -224,7 +224,7 @@ def held_at_a_bound(updates: Sequence[OuterUpdate], names: Sequence[str]) -> lis
     for name in names:
         slopes = [update.hypergradients[name].item() for update in last_half]
         slope = sum(slope for slope in slopes if math.isfinite(slope))
-        at_lower_bound = last_half[-1].values[name].item() < 0.5  # each lies in [0, 1)
+        at_lower_bound = last_half[-1].values[name].item() <= BOUNDS[name][0]
         if slope < 0 if at_lower_bound else slope > 0:
             held.append(name)
     return held

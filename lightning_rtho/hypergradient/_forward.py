@@ -438,20 +438,19 @@ def _combined(weights: Tensor, rows: Tensor) -> Tensor:
 def _combine_rows(weights: Tensor, rows: Tensor) -> None:
     """Overwrite large rows ``[m, ...]`` by ``weights @ rows``; many weights are those of I."""
     exact = torch.promote_types(rows.dtype, torch.float32)
-    mixed, scaled = {}, {}
-    for row, line in enumerate(weights.tolist()):
-        (first, weight), *others = [(i, w) for i, w in enumerate(line) if w != 0]  # regular
-        if not others and first == row:
-            scaled[row] = weight
-            continue
-        mixed[row] = weight * rows[first].to(exact)
-        for other, weight in others:
-            mixed[row].add_(rows[other], alpha=weight)
-    for row, weight in scaled.items():
-        if weight != 1:
-            rows[row].mul_(weight)
-    for row, value in mixed.items():
-        rows[row].copy_(value)
+    lines = [{i: w for i, w in enumerate(line) if w != 0} for line in weights.tolist()]
+    combined = {}  # of several rows, or of another, while all are what they were
+    for row, line in enumerate(lines):
+        if line.keys() != {row}:
+            (first, weight), *others = line.items()  # regular, so there is one
+            combined[row] = weight * rows[first].to(exact)
+            for other, weight in others:
+                combined[row].add_(rows[other], alpha=weight)
+    for row, line in enumerate(lines):
+        if row in combined:
+            rows[row].copy_(combined[row])
+        elif line[row] != 1:
+            rows[row].mul_(line[row])
 
 
 def _one_hot(position: int, size: int, like: Tensor) -> Tensor:

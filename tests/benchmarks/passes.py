@@ -28,12 +28,7 @@ def forward_passes(
 ) -> None:
     """Compute the gradient of each step, and a product with the Hessian for each entry.
 
-    Args:
-        task: The task.
-        device: Where to run.
-        steps: Steps.
-        after_step: Called after each.
-        fraction: Share of a batch's examples that products are taken on, beside the gradient.
+    Products are taken on a `fraction` of a batch's examples, beside the gradient of all.
     """
     problem = Problem(task, device)
     vectors = [torch.randn_like(param) for param in problem.params]
@@ -66,13 +61,8 @@ def reverse_passes(
 ) -> None:
     """Compute the gradient of each step, and a product for each on the way back through a window.
 
-    Args:
-        task: The task.
-        device: Where to run.
-        steps: Steps.
-        after_step: Called after each.
-        recomputes: Whether gradients are computed again rather than their graphs kept.
-        fraction: Share of a batch's examples on which they are computed again.
+    The graphs of the gradients are kept or, if it `recomputes`, made again on the way back, from a
+    `fraction` of a batch's examples.
     """
     problem = Problem(task, device)
     kept: list[tuple[Batch, _Graphs | None]] = []
