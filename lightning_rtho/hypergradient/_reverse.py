@@ -87,10 +87,11 @@ class ReverseHypergradient(AbstractHypergradient):
         alphas = _cotangents(outer.release_params())
         betas = list(outer.statistics)
         total = self._flat(outer.hypers)
+        memory: dict[int, Tensor] = {}
         try:
             for recorded in self.tape.backward(self.params, self.hypers):
                 is_finite = are_finite(recorded.step.raw_grads)
-                grads_bar = self._pull_back_update(recorded.step, alphas, total)
+                grads_bar = self._pull_back_update(recorded.step, alphas, total, memory)
                 recorded = recorded.after_update()
                 is_first = len(self.tape) == 0
                 part, products = self._pull_back_losses(
@@ -106,9 +107,16 @@ class ReverseHypergradient(AbstractHypergradient):
         return total
 
     def _pull_back_update(
-        self, step: OptimizerStep, alphas: list[StateCotangent], total: Tensor
+        self,
+        step: OptimizerStep,
+        alphas: list[StateCotangent],
+        total: Tensor,
+        memory: dict[int, Tensor],
     ) -> Sequence[Tensor]:
         """Pull alpha back through Phi and clipping, to the state; return the gradient's part.
+
+        New memory costs more than what is written to it, so large parts of all steps of a window
+        are written to the same.
 
         Returns:
             Cotangents of the raw gradients, one a transition, each ``[*P]``.
@@ -117,9 +125,13 @@ class ReverseHypergradient(AbstractHypergradient):
         columns: list[int] = []
         parts: list[Tensor] = []
         for transition in step.transitions:
-            alpha = alphas[transition.index]
-            state_bar, grad_bar, hyper_bar = fused_step_vjp(transition, alpha)
-            alphas[transition.index] = state_bar
+            index, grad = transition.index, transition.grad
+            if is_large(grad) and index not in memory:
+                memory[index] = grad.new_empty(grad.numel())
+            state_bar, grad_bar, hyper_bar = fused_step_vjp(
+                transition, alphas[index], memory.get(index)
+            )
+            alphas[index] = state_bar
             columns += transition.columns.values()
             parts += [
                 transition.slopes.get(name, 1.0) * hyper_bar[name] for name in transition.columns

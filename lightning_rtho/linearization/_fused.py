@@ -93,7 +93,7 @@ def fused_step_jvp(
 
 
 def fused_step_vjp(
-    transition: Transition, new_state_bar: StateCotangent
+    transition: Transition, new_state_bar: StateCotangent, memory: Tensor | None = None
 ) -> tuple[StateCotangent, Tensor, Hypers]:
     """Pull a cotangent back through one update as :func:`step_vjp` does, in place where large.
 
@@ -104,6 +104,8 @@ def fused_step_vjp(
         transition: The arguments of Phi; its buffers may be overwritten.
         new_state_bar: Cotangent of the new state; tensors that are missing are zero. That of the
             weights may be overwritten.
+        memory: What the gradient's cotangent of a large parameter is written to, as many entries
+            ``[n]`` of its type; None takes new memory.
 
     Returns:
         Cotangents of the state ``[*P]`` or ``[]``, of the gradient ``[*P]`` and of the tuned
@@ -114,8 +116,10 @@ def fused_step_vjp(
     shape = transition.grad.shape
     tuned = {name: transition.hyper[name] for name in transition.columns}
     state, bars = _flat_state(transition.state), _flat_state(new_state_bar)
-    added, grad_bar, hyper_bar = _write_vjp(
-        transition.rule, state, _flat(transition.grad), transition.hyper, tuned, bars
+    grad = _flat(transition.grad)
+    grad_bar = torch.empty_like(grad) if memory is None else memory
+    added, hyper_bar = _write_vjp(
+        transition.rule, state, grad, transition.hyper, tuned, bars, grad_bar
     )
     written = {**state, "param": bars["param"]} if "param" in bars else state
     state_bar = {
@@ -192,11 +196,12 @@ def _write_vjp(
     hyper: Hypers,
     tuned: Hypers,
     new_state_bar: StateCotangent,
-) -> tuple[StateCotangent, Tensor, Hypers]:
-    """Overwrite the weights' cotangent, and buffers by theirs.
+    grad_bar: Tensor,
+) -> tuple[StateCotangent, Hypers]:
+    """Overwrite the weights' cotangent, and buffers by theirs; write that of the gradient.
 
     Returns:
-        Cotangents of the state that were not written, of the gradient and of the tuned settings.
+        Cotangents of the state that were not written, and of the tuned settings.
     """
 
     def phi(state: Any, grad: Any, tuned: Any) -> Any:
@@ -204,7 +209,8 @@ def _write_vjp(
         return {name: new_state[name] for name in new_state_bar}
 
     given = {name: value.clone() for name, value in new_state_bar.items()}  # as above
-    state_bar, grad_bar, hyper_bar = torch.func.vjp(phi, state, grad, tuned)[1](given)
+    state_bar, new_grad_bar, hyper_bar = torch.func.vjp(phi, state, grad, tuned)[1](given)
+    grad_bar.copy_(new_grad_bar)
     added = {}
     for name, value in state_bar.items():
         place = new_state_bar if name == "param" else state
@@ -212,4 +218,4 @@ def _write_vjp(
             place[name].copy_(value)
         else:
             added[name] = value
-    return added, grad_bar, hyper_bar
+    return added, hyper_bar

@@ -43,12 +43,13 @@ def copy_shares(repeats: int = 9) -> dict[str, float]:
     )
     keep, hyper_dot = torch.tensor(False), {"lr": torch.ones(1, dtype=torch.float64)}
     cotangents = {name: torch.zeros(_ENTRIES) for name in transition.state}
+    memory = torch.empty(_ENTRIES)  # as the steps of a window share it
     # Passes over memory. Both read weights, velocity and gradient; then tangents of all three are
     # read and two written, and cotangents of two are read and of all three written.
     ways: dict[str, tuple[int, Callable[[], object]]] = {
         "copy": (2, lambda: target.copy_(source)),
         "JVP": (8, lambda: fused_step_jvp(transition, tangents, grad_dot, hyper_dot, keep)),
-        "VJP": (8, lambda: fused_step_vjp(transition, dict(cotangents))),
+        "VJP": (8, lambda: fused_step_vjp(transition, dict(cotangents), memory)),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats + 1):

@@ -1,5 +1,6 @@
 """The compiled derivatives equal the plain ones, write in place, and do without a compiler."""
 
+import math
 import warnings
 from dataclasses import replace
 
@@ -82,11 +83,13 @@ def test_tangents_may_lie_in_another_order():
 def test_fused_pulls_back_as_the_plain_one_does(case):
     warm, state_dot, _, _ = _inputs(case, 3)
     full = {name: torch.randn_like(x[0]) for name, x in state_dot.items()}
-    for new_state_bar in (full, {"param": full["param"]}):
+    used = torch.full((warm.grad.numel(),), math.nan, dtype=warm.grad.dtype)
+    for new_state_bar, memory in ((full, None), ({"param": full["param"]}, used)):
         transition = replace(warm, state=_clone(warm.state))
         expected = step_vjp(transition, new_state_bar)
         overwritten = _clone(new_state_bar)
-        found = fused_step_vjp(transition, overwritten)
+        found = fused_step_vjp(transition, overwritten, memory)
+        assert memory is None or found[1].data_ptr() == memory.data_ptr()
         for name, value in found[0].items():
             if value.dim() > 0:  # in the place of what is not needed any more
                 place = overwritten if name == "param" else transition.state
