@@ -115,8 +115,8 @@ class ReverseHypergradient(AbstractHypergradient):
     ) -> Sequence[Tensor]:
         """Pull alpha back through Phi and clipping, to the state; return the gradient's part.
 
-        New memory costs more than what is written to it, so large parts of all steps of a window
-        are written to the same.
+        New memory costs more than what is written to it, so a large part is written over that of
+        the step before, which `memory` holds.
 
         Returns:
             Cotangents of the raw gradients, one a transition, each ``[*P]``.
@@ -125,13 +125,11 @@ class ReverseHypergradient(AbstractHypergradient):
         columns: list[int] = []
         parts: list[Tensor] = []
         for transition in step.transitions:
-            index, grad = transition.index, transition.grad
-            if is_large(grad) and index not in memory:
-                memory[index] = grad.new_empty(grad.numel())
+            index = transition.index
             state_bar, grad_bar, hyper_bar = fused_step_vjp(
                 transition, alphas[index], memory.get(index)
             )
-            alphas[index] = state_bar
+            alphas[index], memory[index] = state_bar, grad_bar
             columns += transition.columns.values()
             parts += [
                 transition.slopes.get(name, 1.0) * hyper_bar[name] for name in transition.columns

@@ -104,8 +104,8 @@ def fused_step_vjp(
         transition: The arguments of Phi; its buffers may be overwritten.
         new_state_bar: Cotangent of the new state; tensors that are missing are zero. That of the
             weights may be overwritten.
-        memory: What the gradient's cotangent of a large parameter is written to, as many entries
-            ``[n]`` of its type; None takes new memory.
+        memory: A cotangent of the gradient that nobody needs any more ``[*P]``, which that of a
+            large parameter is written over; None takes new memory.
 
     Returns:
         Cotangents of the state ``[*P]`` or ``[]``, of the gradient ``[*P]`` and of the tuned
@@ -117,7 +117,7 @@ def fused_step_vjp(
     tuned = {name: transition.hyper[name] for name in transition.columns}
     state, bars = _flat_state(transition.state), _flat_state(new_state_bar)
     grad = _flat(transition.grad)
-    grad_bar = torch.empty_like(grad) if memory is None else memory
+    grad_bar = torch.empty_like(grad) if memory is None else _flat(memory)
     added, hyper_bar = _write_vjp(
         transition.rule, state, grad, transition.hyper, tuned, bars, grad_bar
     )
