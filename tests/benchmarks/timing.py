@@ -2,6 +2,7 @@
 
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -82,7 +83,8 @@ def compare(
 ) -> dict[str, Timing]:
     """Train a workload by each method in turn, with plain training between any two.
 
-    Evaluations of the outer objective are part of a method, and of its time.
+    Evaluations of the outer objective are part of a method, and of its time. Each ratio is said on
+    the standard error stream as it is measured.
 
     Args:
         workload: Its name in ``WORKLOADS``.
@@ -105,11 +107,13 @@ def compare(
         return stopwatch.seconds_per_step
 
     timings = {method: Timing() for method in methods}
-    for _ in range(repeats):
+    for repeat in range(1, repeats + 1):
         before = seconds_per_step("plain")
         for method, timing in timings.items():
             timing.seconds.append(seconds_per_step(method))
             after = seconds_per_step("plain")
             timing.plain.append((before + after) / 2)
             before = after
+            said = f"{workload} {repeat}/{repeats} {method}: {timing.ratios[-1]:.2f} x plain"
+            print(said, file=sys.stderr, flush=True)
     return timings
