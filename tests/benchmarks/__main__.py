@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -130,8 +129,6 @@ def _memory(
     used = found
     if device.type == "cpu":
         used = peak_memory(workload, method, options, device, without_holes=True)
-    megabytes = used["training"] / 2**20
-    print(f"{workload} memory {method}: {megabytes:.0f} MiB", file=sys.stderr, flush=True)
     return {"process": found["process"], "in_use": used["training"]}
 
 

@@ -55,5 +55,4 @@ def grow(
                     "ratio": timing.as_dict()["ratio"],
                     "memory_ratio": in_use(method, sizes) / plain if memory else 0,
                 })
-                print(records[-1], flush=True)
     return records

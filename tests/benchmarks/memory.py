@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from tests.benchmarks.methods import METHODS
-from tests.benchmarks.workloads import make_task
+from tests.benchmarks.workloads import describe, make_task
 
 __all__ = ["peak_memory"]
 
@@ -37,7 +37,7 @@ def peak_memory(
     *,
     without_holes: bool = False,
 ) -> dict[str, int]:
-    """Measure in another process.
+    """Measure in another process, and say on the standard error stream what was found.
 
     Args:
         workload: Its name in ``WORKLOADS``.
@@ -58,6 +58,11 @@ def peak_memory(
     if finished.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{finished.stderr[-2000:]}")
     measured: dict[str, int] = json.loads(finished.stdout.splitlines()[-1])
+    print(
+        f"{describe(workload, options)}, {method}: {measured['training'] / 2**20:.0f} MiB",
+        file=sys.stderr,
+        flush=True,
+    )
     return measured
 
 

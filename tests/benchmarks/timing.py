@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tests.benchmarks.methods import METHODS
-from tests.benchmarks.workloads import make_task
+from tests.benchmarks.workloads import describe, make_task
 
 __all__ = ["Stopwatch", "Timing", "compare"]
 
@@ -114,6 +114,10 @@ def compare(
             after = seconds_per_step("plain")
             timing.plain.append((before + after) / 2)
             before = after
-            said = f"{workload} {repeat}/{repeats} {method}: {timing.ratios[-1]:.2f} x plain"
-            print(said, file=sys.stderr, flush=True)
+            print(
+                f"{describe(workload, options)}, {method} {repeat}/{repeats}: "
+                f"{timing.ratios[-1]:.2f} times plain training",
+                file=sys.stderr,
+                flush=True,
+            )
     return timings

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_rtho import Hyperparameter, Interval, NonNegative, Positive
 
-__all__ = ["WORKLOADS", "Task", "make_task"]
+__all__ = ["WORKLOADS", "Task", "describe", "make_task"]
 
 Batch = Sequence[Tensor]
 
@@ -358,6 +358,11 @@ WORKLOADS: dict[str, type[Task]] = {
     "small": Small,
     "weighted": Weighted,
 }
+
+
+def describe(name: str, options: dict[str, Any]) -> str:
+    """Name a workload and the options it is made with."""
+    return " ".join([name, *(f"{option}={value}" for option, value in options.items())])
 
 
 def make_task(name: str, **options: Any) -> Task:
