@@ -38,6 +38,7 @@ from lightning_rtho.optim import DifferentiableOptimizer
 from lightning_rtho.outer import (
     HyperparameterDescent,
     OuterOptimizerCallable,
+    Ramp,
     adam,
     relative_slopes,
 )
@@ -138,6 +139,19 @@ class HypergradientCallback(Callback):
         """What turns the minimized E into what is written down: -1 for a metric M = -E, else 1."""
         return 1 if self._metric is None else self._metric.sign
 
+    @property
+    def _can_go_back(self) -> bool:
+        """Whether a run that is lost goes back to a state that is kept."""
+        return self.safeguard and self._sign > 0
+
+    def _updates(self, trainer: Trainer) -> float:
+        """Return how many outer updates a run makes, if it is not ended early."""
+        steps = trainer.estimated_stepping_batches
+        last = math.inf if steps < 0 else steps  # -1 where the loader's length is not known
+        if self.stop_step is not None:
+            last = min(last, self.stop_step)
+        return max(last - self.start_step, 0) / self.hyper_batch_size
+
     # Before training
 
     @override
@@ -197,11 +211,13 @@ class HypergradientCallback(Callback):
         )
         if self._outer_optimizer is not None:
             hypers = list(self._tuned.values())
+            can_climb = self._can_go_back and not self._run.method.keeps_history
             self._descent = HyperparameterDescent(
                 hypers,
                 self._outer_optimizer,
                 decoupled_coordinates(hypers, optimizers),
                 learning_rates(hypers, optimizers) if self._outer_optimizer is adam else (),
+                Ramp(self._updates(trainer) if can_climb else 0),
             )
             if self.safeguard:
                 self._safeguard = Safeguard(
@@ -229,7 +245,7 @@ class HypergradientCallback(Callback):
             _differentiable(trainer),
             plan,
             evaluations=self._outer_batches / self.hyper_batch_size,
-            keeps_best=self.safeguard and self._outer_optimizer is not None and self._sign > 0,
+            keeps_best=self._outer_optimizer is not None and self._can_go_back,
             other=other if pl_module.automatic_optimization else None,
         )
         rank_zero_info(f"\n{text}")

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_rtho.callbacks._coupling import learning_rates
@@ -44,10 +44,11 @@ about ten times lower, and are soon found from below.
 class Safeguard:
     """Lowers the learning rates of a run that is chaotic, and takes a run that is lost back.
 
-    Both begin anew, without history and with a fresh outer optimizer. A run is on trial in its
-    first updates: where it sets out too fast, it begins again. Where no learning rate is among the
-    hyperparameters, there is no trial, a fresh history is all for a chaotic run, and a lost one
-    goes back only if hyperparameters have moved since: otherwise it is not their doing.
+    Both begin anew, without history and with a fresh outer optimizer. A run is on trial as long as
+    its rates climb and in the updates after it: where it sets out too fast, it begins again. Where
+    no learning rate is among the hyperparameters, there is no trial, a fresh history is all for a
+    chaotic run, and a lost one goes back only if hyperparameters have moved since: otherwise it is
+    not their doing.
 
     Args:
         module: The module.
@@ -109,7 +110,8 @@ class Safeguard:
             self.begin(value)
         elif self._has_grown() or self._backtracking.is_worth_keeping(value):
             self._keep(value)
-        self._backtracking.go_on()
+        if not self._descent.is_climbing:  # which may go on for longer than the trial
+            self._backtracking.go_on()
 
     def goes_back(self, value: float, evaluate_again: Callable[[], float]) -> bool:
         """Go back to the best state, with a lower learning rate, if the run is lost.
@@ -136,13 +138,21 @@ class Safeguard:
         return True
 
     def _retreat(self, what: str) -> None:
-        """Take the values of the best state, which has been restored, with a tenth of the rate."""
+        """Take the values of the best state, which has been restored, with a tenth of the rate.
+
+        A rate that has climbed is taken as it is, others not above that of the best state.
+        """
+        has_climbed = self._descent.is_climbing
         for hyper, best in zip(self._hypers, self._best_values, strict=True):
-            is_rate = any(hyper is rate for rate in self._rates)
-            hyper.assign(hyper.plain.minimum(best) if is_rate else best)
+            if not any(hyper is rate for rate in self._rates):
+                hyper.assign(best)
+            elif not has_climbed:
+                hyper.assign(hyper.plain.minimum(best))
+        if has_climbed:
+            self._descent.end_climb()
         self._begin_anew(_RETREAT)
         self._backtracking.begin_again()
-        self._note("restored", f"{what}, with a tenth of the learning rate")
+        self._note("restored", f"{what}, with a tenth of the learning rate", is_plan=has_climbed)
 
     def calms(self, value: float, sensitivity: float) -> Literal["lowered", "restored"] | None:
         """Lower the learning rate if the run is chaotic, and begin again if it was so at once.
@@ -171,11 +181,12 @@ class Safeguard:
         too_fast = self._backtracking.sets_out_too_fast(value, sensitivity)
         return too_fast and not self._has_grown()
 
-    def _note(self, kind: str, what: str) -> None:
-        """Count, and warn the first time."""
+    def _note(self, kind: str, what: str, *, is_plan: bool = False) -> None:
+        """Count, and warn the first time, but of what is no surprise."""
         self.counts[kind] += 1
         if self.counts[kind] == 1:
-            rank_zero_warn(
+            say = rank_zero_info if is_plan else rank_zero_warn
+            say(
                 f"At step {self._module.global_step} {what}. The log counts this as "
                 f"`safeguard/{kind}`, it is said once; `safeguard=False` turns it off."
             )

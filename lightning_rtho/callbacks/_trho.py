@@ -36,6 +36,10 @@ class TRHO(HypergradientCallback):
     the window counts as given. Time does not depend on the number of hyperparameters; memory
     grows with the window, as the tape tells. For many hyperparameters; for few see `RTHO`.
 
+    A window is too short to tell how high a learning rate may be: soon it is for lower ones (Wu et
+    al. 2018). So a run begins with a range test (Smith 2017): rates climb by a factor of e an
+    update until the run is lost, which begins again, where it began, with a tenth of that rate.
+
     Over several processes (DDP) one product is averaged for each step of the window, one number
     for each weight and hyperparameter entry, and the validation gradient every update.
 
@@ -43,7 +47,10 @@ class TRHO(HypergradientCallback):
         hyperparameters: As `RTHO`.
         hyper_batch_size: Optimizer steps in a window, and between outer updates. Shorter windows
             cost less memory and lower learning rates earlier.
-        outer_optimizer: As `RTHO`.
+        outer_optimizer: As `RTHO`, but that by default learning rates climb first, for at most 20
+            updates and a quarter of the run; in the first of them by up to e^10 at once, to where
+            the objective would change by 1 %. They do not with ``safeguard=False`` or an
+            `objective` to be maximized, since no run goes back then.
         dataloader: As `RTHO`.
         outer_batches: As `RTHO`.
         objective: As `RTHO`.
@@ -52,7 +59,8 @@ class TRHO(HypergradientCallback):
             is ``Recompute()``.
         start_step: As `RTHO`.
         stop_step: As `RTHO`.
-        safeguard: As `RTHO`, but by the weights alone: the sensitivity is not known.
+        safeguard: As `RTHO`, but by the weights alone: the sensitivity is not known. The trial of
+            10 updates begins when rates have climbed.
         summary: As `RTHO`.
         diagnostics: As `RTHO`, but ``"hypergradient_cosine"`` alone.
 
@@ -68,6 +76,9 @@ class TRHO(HypergradientCallback):
     References:
         Franceschi, Donini, Frasconi, Pontil: Forward and Reverse Gradient-Based Hyperparameter
         Optimization (ICML 2017).
+        Smith: Cyclical Learning Rates for Training Neural Networks (WACV 2017).
+        Wu, Ren, Liao, Grosse: Understanding Short-Horizon Bias in Stochastic Meta-Optimization
+        (ICLR 2018).
     """
 
     _known_diagnostics = ("hypergradient_cosine",)

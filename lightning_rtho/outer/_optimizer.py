@@ -43,8 +43,8 @@ class HyperparameterDescent:
         hyperparameters: What is moved, each ``[*H]``.
         make_optimizer: Makes a torch optimizer of a list of raw tensors.
         coordinates: Raw coordinates of the hyperparameters; None takes those of their domains.
-        ramped: Positions of learning rates that move farther as long as they do nothing, as
-            :class:`Ramp` says.
+        ramped: Positions of learning rates that set out as `ramp` says.
+        ramp: How far they move in the first steps; None is `Ramp()`.
 
     Example:
         >>> from lightning_rtho import Positive
@@ -61,9 +61,10 @@ class HyperparameterDescent:
         make_optimizer: OuterOptimizerCallable,
         coordinates: Coordinates | None = None,
         ramped: Sequence[int] = (),
+        ramp: Ramp | None = None,
     ) -> None:
         self.hyperparameters = list(hyperparameters)
-        self._ramped, self._ramp = list(ramped), Ramp()
+        self._ramped, self._ramp = list(ramped), ramp or Ramp()
         self._coordinates = coordinates or Coordinates(hyperparameters)
         self._make_optimizer = make_optimizer
         self.restart()
@@ -72,6 +73,15 @@ class HyperparameterDescent:
         """Begin anew, with a fresh optimizer, at the values that the hyperparameters have."""
         self.raw = [raw.clone().requires_grad_() for raw in self._coordinates.read()]
         self.optimizer = self._make_optimizer(self.raw)
+
+    @property
+    def is_climbing(self) -> bool:
+        """Whether learning rates go up whatever the hypergradient says."""
+        return bool(self._ramped) and self._ramp.is_climbing
+
+    def end_climb(self) -> None:
+        """Let learning rates move as the optimizer says from now on."""
+        self._ramp.end_climb()
 
     def state_dict(self) -> dict[str, Any]:
         """Return raw values and the optimizer's state."""
@@ -111,7 +121,7 @@ class HyperparameterDescent:
 
         Args:
             hypergradient: dE/dlambda with respect to natural values ``[m]``.
-            objective: E; where it is not given, no learning rate moves farther than others.
+            objective: E; where it is not given, no rate moves farther as it does nothing.
         """
         with torch.enable_grad():
             values = self._coordinates.to_natural(self.raw)
@@ -127,12 +137,23 @@ class HyperparameterDescent:
         self.optimizer.step()
         if rates:
             change = sum(gradients[i].abs().sum().item() for i in self._ramped)
-            stretch = self._ramp.stretch(change, objective)
-            with torch.no_grad():
-                for rate, old in zip(rates, before, strict=True):
-                    rate.copy_(old.lerp(rate, stretch))
+            self._set_out(rates, before, change, objective)
         self._coordinates.project(self.raw)
         with torch.no_grad():
             values = self._coordinates.to_natural(self.raw)
             for hyper, value in zip(self.hyperparameters, values, strict=True):
                 hyper.assign(value)
+
+    def _set_out(
+        self, rates: Sequence[Tensor], before: Sequence[Tensor], change: float, objective: float
+    ) -> None:
+        """Move the learning rates as far as the ramp says, from where they were."""
+        with torch.no_grad():
+            if self._ramp.is_climbing:
+                way = self._ramp.climb(change, objective)
+                moved = [old + way for old in before]
+            else:
+                stretch = self._ramp.stretch(change, objective)
+                moved = [old.lerp(rate, stretch) for rate, old in zip(rates, before, strict=True)]
+            for rate, new in zip(rates, moved, strict=True):
+                rate.copy_(new)

@@ -1,4 +1,4 @@
-"""Longer outer steps for learning rates that are too small to learn anything by."""
+"""How learning rates set out: far where they do nothing, and up to where a run is lost."""
 
 import math
 from typing import Any, final
@@ -11,19 +11,39 @@ _NEGLIGIBLE = 0.01
 _STRETCH = 5.0
 """How many times as far learning rates move meanwhile: 5 times 0.2, a factor of e an update."""
 
+_SHARE = 4
+"""A climb takes one update of so many that a run makes, at the most."""
+
+_CLIMB = 20
+"""And so many in all: factors of e, of which rates that do anything need 5 to 10 to lose a run."""
+
+_JUMP = 10.0
+"""How many of these factors one update makes, at the most."""
+
 
 @final
 class Ramp:
-    """Tells how many times as far the learning rates shall move in an outer step.
+    """Tells how far the learning rates shall move in the first outer steps.
 
-    As long as raising them by a factor of e would change E by less than 1 % of itself, five times
-    as far: by 1 % nothing is risked, and a rate that is 10,000 times too small takes ten updates
-    to come into its own instead of fifty. Once that is passed the run learns, and steps have their
-    ordinary length to the end: a change that is as small later is that of a rate that has done its
-    work.
+    *Climb*: where a run can be taken back, its rates go up by a factor of e an update, whatever
+    the hypergradient says, until the run is lost: a tenth of that rate is what it begins again
+    with. It is for hypergradients that look back over a few steps only, as `TRHO` tells. As long
+    as the rates do nothing E is linear in them, so that one update can go as far as that line
+    leads to a change of 1 % of E.
+
+    *Ramp*: without a climb, as long as raising the rates by a factor of e would change E by less
+    than 1 % of itself, they move five times as far as the outer optimizer says: by 1 % nothing is
+    risked, and a rate that is 10,000 times too small takes ten updates to come into its own instead
+    of fifty. Once that is passed the run learns, and steps have their ordinary length to the end: a
+    change that is as small later is that of a rate that has done its work.
+
+    Args:
+        updates: Outer updates of the whole run, of which a quarter may be a climb, but not more
+            than 20; 0 where the run cannot be taken back, and for no climb.
 
     Attributes:
-        is_over: Whether steps have their ordinary length from now on.
+        climbs: Updates of the climb that are left.
+        is_over: Whether steps have their ordinary length from now on, after a climb.
 
     Example:
         >>> ramp = Ramp()
@@ -31,10 +51,41 @@ class Ramp:
         (5.0, 1.0)
         >>> ramp.stretch(change=0.001, value=2.0)
         1.0
+        >>> ramp = Ramp(updates=50)
+        >>> round(ramp.climb(change=0.02 / 1000, value=2.0), 6)  # ln 1000
+        6.907755
+        >>> ramp.climb(change=0.5, value=2.0), ramp.climbs
+        (1.0, 10)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, updates: float = 0) -> None:
+        self.climbs = int(min(updates / _SHARE, _CLIMB))
         self.is_over = False
+
+    @property
+    def is_climbing(self) -> bool:
+        """Whether the rates go up whatever the hypergradient says."""
+        return self.climbs > 0
+
+    def climb(self, change: float, value: float) -> float:
+        """Return how far up the rates go, and count the update.
+
+        Args:
+            change: Sum of |dE/du| over the raw values u of all learning rates.
+            value: E.
+
+        Returns:
+            The way in raw units, from 1 to 10.
+        """
+        self.climbs -= 1
+        negligible = _NEGLIGIBLE * abs(value)
+        if not 0 < change < negligible < math.inf:
+            return 1.0
+        return min(max(math.log(negligible / change), 1.0), _JUMP)
+
+    def end_climb(self) -> None:
+        """Go on by ordinary steps: the run was lost."""
+        self.climbs, self.is_over = 0, True
 
     def stretch(self, change: float, value: float) -> float:
         """Return the factor of the coming step.
@@ -50,8 +101,8 @@ class Ramp:
         return 1.0 if self.is_over else _STRETCH
 
     def state_dict(self) -> dict[str, Any]:
-        """Return whether it is over."""
-        return {"is_over": self.is_over}
+        """Return what is left of the climb, and whether all is over."""
+        return {"climbs": self.climbs, "is_over": self.is_over}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned.
@@ -59,4 +110,4 @@ class Ramp:
         Args:
             state: The state.
         """
-        self.is_over = state["is_over"]
+        self.climbs, self.is_over = state["climbs"], state["is_over"]

@@ -163,7 +163,8 @@ def test_what_the_metric_has_accumulated_stays():
 def test_metric_to_be_maximized_rises_and_is_shown_as_it_is(method):
     values = {}
     for metric in (regression.MeanAbsoluteError(), NegatedError()):
-        callback = METHODS[method](hyperparameters=["lr"], hyper_batch_size=2, objective=metric)
+        # Three updates: so few that no rate climbs, as it would with the first metric alone.
+        callback = METHODS[method](hyperparameters=["lr"], hyper_batch_size=6, objective=metric)
         fit(Predicting(lr=1e-3), callback, steps=20)
         values[type(metric)] = callback
     less, more = values.values()

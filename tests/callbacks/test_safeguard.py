@@ -1,20 +1,31 @@
 """Runs that are chaotic or lost: what the callback does with them, and that it does no harm."""
 
 import csv
+import itertools
 import math
 import warnings
 
+import lightning as L
 import pytest
 import torch
+import torchmetrics
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn, optim
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_rtho import RTHO, TRHO, Hyperparameter, Interval, Positive
 from lightning_rtho.callbacks._coupling import decoupled_coordinates
 from lightning_rtho.callbacks._snapshot import distance_from, restore_snapshot, take_snapshot
 from lightning_rtho.optim import DifferentiableOptimizer
-from lightning_rtho.outer import relative_slopes
-from tests.callbacks.problems import FEATURES, SmallNet, fit, validation_loss
+from lightning_rtho.outer import adam, relative_slopes
+from tests.callbacks.problems import (
+    FEATURES,
+    TRAIN_SIZE,
+    SmallNet,
+    fit,
+    loader,
+    validation_loss,
+)
 from tests.callbacks.test_checkpoint import final, run
 
 METHODS = {"forward": RTHO, "reverse": TRHO}
@@ -138,6 +149,121 @@ def test_noisy_data_do_not_send_a_good_run_back(method):
     assert actions(callback) == [None] * 6
 
 
+# Rates that climb, in reverse mode
+
+
+class StopAfter(L.Callback):
+    """Ends a run early that was to be longer."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop |= trainer.global_step >= self.step
+
+
+def rates(callback):
+    """The rate at the start and after each update."""
+    values = [callback.schedule.start["lr"], *(u.values["lr"] for u in callback.schedule)]
+    return [value.item() for value in values]
+
+
+class Regressor(SmallNet):
+    """Has predictions for a metric."""
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def climbing_run(*others, callback=None, steps=120, lr=1e-3):
+    callback = callback or TRHO(["lr", "momentum"], hyper_batch_size=2)
+    module = Regressor(optim.SGD, lr=lr, momentum=0.5)
+    trainer = fit(module, callback, *others, steps=steps)
+    return module, callback, trainer
+
+
+def test_a_rate_climbs_until_the_run_is_lost_and_begins_again_with_a_tenth(recwarn):
+    _, callback, _ = climbing_run()
+    lost = actions(callback).index("restored")
+    values = rates(callback)
+    # What acts is lr / (1 - momentum).
+    momenta = [0.5, *(u.values["momentum"].item() for u in callback.schedule)]
+    steps = [value / (1 - momentum) for value, momentum in zip(values, momenta, strict=True)]
+    assert lost > 4
+    for before, after in itertools.pairwise(steps[1 : lost + 1]):
+        assert after / before == pytest.approx(math.e, rel=1e-5)  # rounding of float32
+    assert callback.schedule[lost].restored_step == 0
+    assert values[lost + 1] == pytest.approx(values[lost] / 10, rel=1e-6)
+    assert momenta[lost] != momenta[lost + 1] == 0.5
+    for before, after in itertools.pairwise(steps[lost + 1 :]):
+        assert abs(math.log(after / before)) < 0.5  # ordinary steps from there
+    assert not [w for w in recwarn if "At step" in str(w.message)]  # it was no accident
+
+
+def test_after_the_climb_the_run_stands_where_it_began():
+    _, callback, _ = climbing_run()
+    step = callback.schedule[actions(callback).index("restored")].step
+    begin = SmallNet(optim.SGD, lr=1e-3, momentum=0.5)
+    module, _, trainer = climbing_run(StopAfter(step))
+    assert trainer.global_step == step
+    for one, other in zip(module.parameters(), begin.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert not trainer.optimizers[0].state
+
+
+@quiet
+@pytest.mark.parametrize(
+    "callback",
+    [
+        RTHO(["lr", "momentum"], hyper_batch_size=2),
+        TRHO(["lr", "momentum"], hyper_batch_size=2, safeguard=False),
+        TRHO(["lr", "momentum"], hyper_batch_size=2, objective=torchmetrics.R2Score()),
+        TRHO(["lr", "momentum"], hyper_batch_size=2, outer_optimizer=lambda raw: adam(raw)),
+        TRHO(["lr", "momentum"], hyper_batch_size=40),
+        TRHO(["lr", "momentum"], hyper_batch_size=2, stop_step=7),
+        TRHO(["lr", "momentum"], hyper_batch_size=2, start_step=113),
+    ],
+    ids=["history", "no way back", "maximized", "own optimizer", "short", "stopped", "late"],
+)
+def test_no_rate_climbs_where_it_could_not_be_taken_back_or_need_not(callback):
+    _, callback, _ = climbing_run(callback=callback, lr=0.1)
+    moves = [math.log(after / before) for before, after in itertools.pairwise(rates(callback))]
+    assert moves
+    assert max(moves) < 0.9
+
+
+def test_a_climb_that_loses_nothing_ends_after_a_quarter_of_the_run():
+    class Unmoved(SmallNet):
+        """The rate is that of weights which the objective does not depend on."""
+
+        def configure_optimizers(self):
+            self.idle = nn.Linear(1, 1)
+            free = {"params": self.idle.parameters(), "lr": self.settings["lr"]}
+            return optim.SGD([{"params": self.net.parameters()}, free], lr=0.01)
+
+    callback = TRHO(hyper_batch_size=2)
+    fit(Unmoved(lr=Hyperparameter(1e-3, Positive())), callback, steps=32)
+    values = [callback.schedule.start["settings.lr"].item()]
+    values += [update.values["settings.lr"].item() for update in callback.schedule]
+    assert set(actions(callback)) == {None}
+    assert values[4] / values[0] == pytest.approx(math.e**4, rel=1e-5)
+    assert values[4:] == [values[4]] * 13
+
+
+@pytest.mark.parametrize("max_epochs", [-1, 5])
+def test_a_run_of_unknown_length_climbs_too(max_epochs):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield from loader(TRAIN_SIZE, seed=1, batch_size=4).dataset
+
+    callback = TRHO(["lr"], hyper_batch_size=2)
+    stream = DataLoader(Stream(), batch_size=4)
+    module = SmallNet(optim.SGD, lr=0.01)
+    fit(module, StopAfter(6), callback, steps=-1, train=stream, max_epochs=max_epochs)
+    for before, after in itertools.pairwise(rates(callback)):
+        assert after / before == pytest.approx(math.e, rel=1e-5)
+
+
 # Runs that set out too fast
 
 TOO_FAST = {"forward": 0.66, "reverse": 0.67}
@@ -256,7 +382,8 @@ def test_observing_is_bitwise_harmless_whatever_happens(method):
 def test_a_run_that_learns_is_left_alone(method):
     values = []
     for safeguard in (True, False):
-        callback = METHODS[method](hyper_batch_size=2, safeguard=safeguard)
+        # Three updates: so few that no rate climbs.
+        callback = METHODS[method](hyper_batch_size=6, safeguard=safeguard)
         module = SmallNet(optim.Adam, lr=Hyperparameter(1e-3, Positive()))
         fit(module, callback, steps=20)
         values.append([update.values for update in callback.schedule])
@@ -281,6 +408,22 @@ def test_a_resumed_run_goes_back_to_the_same_state_bit_for_bit(method, tmp_path)
         k for k in expected if not torch.equal(found[k].nan_to_num(), expected[k].nan_to_num())
     ]
     assert different == []
+
+
+@quiet
+def test_a_run_that_is_resumed_on_its_climb_goes_on_bit_for_bit(tmp_path):
+    def climb(path, **settings):
+        module, callback = SmallNet(optim.SGD, lr=0.01), TRHO(["lr"], hyper_batch_size=1)
+        return final(*run(callback, path, module=module, **settings), callback), callback
+
+    expected, whole = climb(tmp_path / "whole")
+    file = tmp_path / "whole" / "step=2.ckpt"
+    found, resumed = climb(tmp_path / "rest", ckpt_path=file, seed=99)
+    moves = [math.log(after / before) for before, after in itertools.pairwise(rates(whole))]
+    assert moves[:3] == pytest.approx([1.0] * 3, rel=1e-5)  # two before the interruption
+    assert max(moves[3:]) < 0.9
+    assert rates(resumed) == rates(whole)
+    assert [k for k in expected if not torch.equal(found[k], expected[k])] == []
 
 
 # Snapshots

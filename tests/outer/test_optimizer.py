@@ -8,7 +8,7 @@ import torch
 from torch.autograd.functional import jacobian
 
 from lightning_rtho import Hyperparameter, Interval, NonNegative, Positive, Real
-from lightning_rtho.outer import HyperparameterDescent, adam
+from lightning_rtho.outer import HyperparameterDescent, Ramp, adam
 
 POINTS = {
     "real": (Real(), -0.7),
@@ -150,12 +150,33 @@ def test_a_rate_that_does_nothing_moves_five_times_as_far_and_others_do_not():
         assert moved.item() == pytest.approx(beside.item(), rel=1e-12)
 
 
+def test_rates_climb_against_their_hypergradient_and_others_do_not():
+    rate, other = Hyperparameter(0.01, Positive()), Hyperparameter(0.01, Positive())
+    descent = HyperparameterDescent([rate, other], adam, ramped=[0], ramp=Ramp(updates=8))
+    travelled = []
+    for _ in range(3):
+        before = torch.stack([rate.plain, other.plain]).log()
+        # dE/du is 0.5 of an objective of 1, so that both ought to become smaller.
+        descent.step(0.5 / torch.stack([rate.plain, other.plain]), objective=1.0)
+        travelled.append((torch.stack([rate.plain, other.plain]).log() - before).tolist())
+    for up, down in travelled[:2]:
+        assert up == pytest.approx(1.0, rel=1e-6)  # rounding of float32
+        assert down == pytest.approx(-0.2, rel=1e-5)
+    assert travelled[2][0] == pytest.approx(-0.2, rel=1e-5)  # two are a quarter of eight
+    assert not descent.is_climbing
+
+
+def test_without_a_rate_nothing_climbs():
+    other = Hyperparameter(0.01, Positive())
+    assert not HyperparameterDescent([other], adam, ramp=Ramp(updates=8)).is_climbing
+
+
 def test_a_descent_that_is_resumed_goes_on_as_it_was():
     values = []
     for is_resumed in (False, True):
         hyper = Hyperparameter(1e-6, Positive())
-        descent = HyperparameterDescent([hyper], adam, ramped=[0])
-        for change in (1e-4, 1.0, 1e-4, 1e-4):
+        descent = HyperparameterDescent([hyper], adam, ramped=[0], ramp=Ramp(updates=8))
+        for change in (1e-4, 1e-4, 1e-4, 1.0, 1e-4, 1e-4):
             if is_resumed:
                 state = descent.state_dict()
                 descent = HyperparameterDescent([hyper], adam, ramped=[0])
