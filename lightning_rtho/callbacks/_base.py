@@ -387,6 +387,8 @@ class HypergradientCallback(Callback):
             for optimizer in _differentiable(trainer):
                 optimizer.write_hyperparameters()
         restored = self._safeguard if action == "restored" else None
+        if restored is not None:
+            _make_patient(trainer)
         update = OuterUpdate(
             step=trainer.global_step,
             values=self.hyperparameters,
@@ -559,6 +561,12 @@ class HypergradientCallback(Callback):
 
 def _differentiable(trainer: Trainer) -> list[DifferentiableOptimizer]:
     return [o for o in trainer.optimizers if isinstance(o, DifferentiableOptimizer)]
+
+
+def _make_patient(trainer: Trainer) -> None:
+    """Let early stopping wait anew: what a run did before it went back does not count."""
+    for stopping in trainer.early_stopping_callbacks:
+        stopping.wait_count = 0
 
 
 def _metrics(update: OuterUpdate) -> dict[str, float]:
