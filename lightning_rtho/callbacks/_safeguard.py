@@ -83,6 +83,7 @@ class Safeguard:
         self._best_values: list[Tensor] = []
         self.best_step = 0
         self.counts = {"lowered": 0, "restored": 0}
+        self._warned: set[str] = set()
 
     @property
     def has_begun(self) -> bool:
@@ -148,11 +149,17 @@ class Safeguard:
                 hyper.assign(best)
             elif not has_climbed:
                 hyper.assign(hyper.plain.minimum(best))
-        if has_climbed:
-            self._descent.end_climb()
         self._begin_anew(_RETREAT)
         self._backtracking.begin_again()
-        self._note("restored", f"{what}, with a tenth of the learning rate", is_plan=has_climbed)
+        if has_climbed:  # as it was meant to
+            self._descent.end_climb()
+            self.counts["restored"] += 1
+            rank_zero_info(
+                f"The learning rate has climbed until the run was lost, at step "
+                f"{self._module.global_step}; it begins again with a tenth of that rate."
+            )
+        else:
+            self._note("restored", f"{what}, with a tenth of the learning rate")
 
     def calms(self, value: float, sensitivity: float) -> Literal["lowered", "restored"] | None:
         """Lower the learning rate if the run is chaotic, and begin again if it was so at once.
@@ -181,12 +188,12 @@ class Safeguard:
         too_fast = self._backtracking.sets_out_too_fast(value, sensitivity)
         return too_fast and not self._has_grown()
 
-    def _note(self, kind: str, what: str, *, is_plan: bool = False) -> None:
-        """Count, and warn the first time, but of what is no surprise."""
+    def _note(self, kind: str, what: str) -> None:
+        """Count, and warn the first time."""
         self.counts[kind] += 1
-        if self.counts[kind] == 1:
-            say = rank_zero_info if is_plan else rank_zero_warn
-            say(
+        if kind not in self._warned:
+            self._warned.add(kind)
+            rank_zero_warn(
                 f"At step {self._module.global_step} {what}. The log counts this as "
                 f"`safeguard/{kind}`, it is said once; `safeguard=False` turns it off."
             )

@@ -182,8 +182,9 @@ def climbing_run(*others, callback=None, steps=120, lr=1e-3):
     return module, callback, trainer
 
 
-def test_a_rate_climbs_until_the_run_is_lost_and_begins_again_with_a_tenth(recwarn):
-    _, callback, _ = climbing_run()
+def test_a_rate_climbs_until_the_run_is_lost_and_begins_again_with_a_tenth(recwarn, caplog):
+    with caplog.at_level("INFO", "lightning.pytorch"):
+        _, callback, _ = climbing_run()
     lost = actions(callback).index("restored")
     values = rates(callback)
     # What acts is lr / (1 - momentum).
@@ -197,7 +198,23 @@ def test_a_rate_climbs_until_the_run_is_lost_and_begins_again_with_a_tenth(recwa
     assert momenta[lost] != momenta[lost + 1] == 0.5
     for before, after in itertools.pairwise(steps[lost + 1 :]):
         assert abs(math.log(after / before)) < 0.5  # ordinary steps from there
+    step = callback.schedule[lost].step
+    assert f"climbed until the run was lost, at step {step};" in caplog.text
     assert not [w for w in recwarn if "At step" in str(w.message)]  # it was no accident
+
+
+def test_an_accident_after_the_climb_is_said():
+    class Spoiled(L.Callback):
+        """Destroys the weights when the run has learned."""
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 100:
+                with torch.no_grad():
+                    pl_module.net[0].weight.mul_(1e3)
+
+    with pytest.warns(UserWarning, match="At step 102 the outer objective"):
+        _, callback, _ = climbing_run(Spoiled())
+    assert actions(callback).count("restored") == 2
 
 
 def test_after_the_climb_the_run_stands_where_it_began():
