@@ -48,9 +48,9 @@ class TRHO(HypergradientCallback):
         hyper_batch_size: Optimizer steps in a window, and between outer updates. Shorter windows
             cost less memory and lower learning rates earlier.
         outer_optimizer: As `RTHO`, but that by default learning rates climb first, for at most 20
-            updates and a quarter of the run; in the first of them by up to e^10 at once, to where
-            the objective would change by 1 %. They do not with ``safeguard=False`` or an
-            `objective` to be maximized, since no run goes back then.
+            updates and a quarter of the run, and not to the end of an `Interval`; in the first of
+            them by up to e^10 at once, to where the objective would change by 1 %. They do not with
+            ``safeguard=False`` or an `objective` to be maximized, since no run goes back then.
         dataloader: As `RTHO`.
         outer_batches: As `RTHO`.
         objective: As `RTHO`.

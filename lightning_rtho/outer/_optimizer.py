@@ -14,6 +14,9 @@ from lightning_rtho.outer._ramp import Ramp
 
 __all__ = ["HyperparameterDescent", "OuterOptimizerCallable", "adam"]
 
+_GROWTH = 1.5
+"""Growth of a learning rate by an update below which it has come near the end of its domain."""
+
 OuterOptimizerCallable: TypeAlias = Callable[[list[Tensor]], Optimizer]
 
 
@@ -80,7 +83,7 @@ class HyperparameterDescent:
         return bool(self._ramped) and self._ramp.is_climbing
 
     def end_climb(self) -> None:
-        """Let learning rates move as the optimizer says from now on."""
+        """Let learning rates move as the optimizer says from now on: they are as high as can be."""
         self._ramp.end_climb()
 
     def state_dict(self) -> dict[str, Any]:
@@ -132,6 +135,7 @@ class HyperparameterDescent:
         gradients = torch.autograd.grad(values, self.raw, cotangents)
         for raw, gradient in zip(self.raw, gradients, strict=True):
             raw.grad = gradient
+        was_climbing = self.is_climbing
         rates = [self.raw[i] for i in self._ramped]
         before = [rate.detach().clone() for rate in rates]
         self.optimizer.step()
@@ -141,8 +145,16 @@ class HyperparameterDescent:
         self._coordinates.project(self.raw)
         with torch.no_grad():
             values = self._coordinates.to_natural(self.raw)
+            if was_climbing and not self._have_grown(values):
+                self.end_climb()
             for hyper, value in zip(self.hyperparameters, values, strict=True):
                 hyper.assign(value)
+
+    def _have_grown(self, values: Sequence[Tensor]) -> bool:
+        """Tell whether a learning rate is to grow still, or all are near the ends of domains."""
+        return any(
+            bool((values[i] > _GROWTH * self.hyperparameters[i].plain).any()) for i in self._ramped
+        )
 
     def _set_out(
         self, rates: Sequence[Tensor], before: Sequence[Tensor], change: float, objective: float

@@ -27,9 +27,9 @@ class Ramp:
 
     *Climb*: where a run can be taken back, its rates go up by a factor of e an update, whatever
     the hypergradient says, until the run is lost: a tenth of that rate is what it begins again
-    with. It is for hypergradients that look back over a few steps only, as `TRHO` tells. As long
-    as the rates do nothing E is linear in them, so that one update can go as far as that line
-    leads to a change of 1 % of E.
+    with. Where their domain ends before, they go on from there. It is for hypergradients that look
+    back over a few steps only, as `TRHO` tells. As long as the rates do nothing E is linear in
+    them, so that one update can go as far as that line leads to a change of 1 % of E.
 
     *Ramp*: without a climb, as long as raising the rates by a factor of e would change E by less
     than 1 % of itself, they move five times as far as the outer optimizer says: by 1 % nothing is
@@ -84,7 +84,7 @@ class Ramp:
         return min(max(math.log(negligible / change), 1.0), _JUMP)
 
     def end_climb(self) -> None:
-        """Go on by ordinary steps: the run was lost."""
+        """Go on by ordinary steps: the run was lost, or there is no room above."""
         self.climbs, self.is_over = 0, True
 
     def stretch(self, change: float, value: float) -> float:

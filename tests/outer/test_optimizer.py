@@ -166,6 +166,20 @@ def test_rates_climb_against_their_hypergradient_and_others_do_not():
     assert not descent.is_climbing
 
 
+def test_a_climb_ends_before_the_end_of_an_interval():
+    """Where raw values have gone far without moving natural ones it is a long way back."""
+    rate = Hyperparameter(1e-3, Interval(1e-5, 0.1))
+    descent = HyperparameterDescent([rate], adam, ramped=[0], ramp=Ramp(updates=80))
+    values = [rate.item()]
+    while descent.is_climbing:
+        descent.step(torch.tensor([0.5]), objective=1.0)
+        values.append(rate.item())
+    assert 0.05 < values[-1] < 0.09
+    for _ in range(15):  # a fifth of a raw unit each
+        descent.step(torch.tensor([0.5]), objective=1.0)
+    assert rate.item() < 0.03
+
+
 def test_without_a_rate_nothing_climbs():
     other = Hyperparameter(0.01, Positive())
     assert not HyperparameterDescent([other], adam, ramp=Ramp(updates=8)).is_climbing
