@@ -143,16 +143,19 @@ class Safeguard:
 
         A rate that has climbed is taken as it is, others not above that of the best state.
         """
-        has_climbed = self._descent.is_climbing
+        is_climbing, has_climbed = self._descent.is_climbing, False
         for hyper, best in zip(self._hypers, self._best_values, strict=True):
             if not any(hyper is rate for rate in self._rates):
                 hyper.assign(best)
-            elif not has_climbed:
+            elif is_climbing:
+                has_climbed |= bool((hyper.plain > best).any())
+            else:
                 hyper.assign(hyper.plain.minimum(best))
         self._begin_anew(_RETREAT)
         self._backtracking.begin_again()
-        if has_climbed:  # as it was meant to
+        if is_climbing:
             self._descent.end_climb()
+        if has_climbed:  # as it was meant to
             self.counts["restored"] += 1
             rank_zero_info(
                 f"The learning rate has climbed until the run was lost, at step "

@@ -288,15 +288,15 @@ def test_trainer_settings_change_nothing_in_the_mathematics(method, settings):
 def test_early_stopping_waits_anew_where_a_run_goes_back(method):
     """The rate is destructive at first: every validation before the run goes back is worse."""
 
-    def steps_made(patience, callback):
-        stopping = EarlyStopping("val_loss", patience=patience)
+    def steps_made(callback):
+        stopping = EarlyStopping("val_loss", patience=4)
         settings = {"check_val_every_n_epoch": None, "val_check_interval": 1}
         module = SmallNet(optim.SGD, lr=30.0)
         return fit(module, callback, stopping, steps=8, **settings).global_step
 
     made = METHODS[method](hyper_batch_size=3)
-    assert steps_made(4, made) == 8
+    assert steps_made(made) == 8
     restored = [update.step for update in made.schedule if update.safeguard == "restored"]
     assert restored == [3, 6]
     # Without going back it is over after the first validation and four that are no better.
-    assert steps_made(4, METHODS[method](hyper_batch_size=3, safeguard=False)) == 5
+    assert steps_made(METHODS[method](hyper_batch_size=3, safeguard=False)) == 5

@@ -217,6 +217,17 @@ def test_an_accident_after_the_climb_is_said():
     assert actions(callback).count("restored") == 2
 
 
+def test_a_rate_that_loses_the_run_before_it_has_climbed_is_warned_of(caplog):
+    with (
+        caplog.at_level("INFO", "lightning.pytorch"),
+        pytest.warns(UserWarning, match="At step 2 the outer objective"),
+    ):
+        _, callback, _ = climbing_run(lr=1e3)
+    assert actions(callback)[0] == "restored"
+    assert rates(callback)[1] == pytest.approx(1e3 / 10, rel=1e-6)
+    assert "climbed" not in caplog.text
+
+
 def test_after_the_climb_the_run_stands_where_it_began():
     _, callback, _ = climbing_run()
     step = callback.schedule[actions(callback).index("restored")].step
