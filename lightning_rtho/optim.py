@@ -18,7 +18,7 @@ from lightning_rtho.dynamics import (
     rule_class_for,
     set_setting,
 )
-from lightning_rtho.hyperparameters import Hyperparameter
+from lightning_rtho.hyperparameters import Hyperparameter, NonNegative
 from lightning_rtho.schedulers import check_schedulers, cycled_settings, rescale
 
 __all__ = ["DifferentiableOptimizer"]
@@ -71,17 +71,28 @@ class DifferentiableOptimizer(Optimizer):
         self._schedulers = tuple(schedulers)
         self.rule_class: type[UpdateRule] = rule_class_for(optimizer)
         self.before_update: Callable[[], None] | None = None
-        self._sites = _find_sites(optimizer, self.rule_class)
+        self._sites: list[_Site] = []
+        self._written: list[float] = []
+        self._known_groups = 0
         self._derivative_buffers: dict[Tensor, State] = {}
-        for site in self._sites:  # to the numbers that they are; a scheduler may have set them
+        self._take_in_groups()
+        if not self._schedulers:
+            self.write_hyperparameters()
+
+    def _take_in_groups(self) -> None:
+        """Put the numbers that hyperparameters are in their place in groups that are new."""
+        if len(self.param_groups) == self._known_groups:
+            return
+        found = _find_sites(self.optimizer, self.rule_class, first=self._known_groups)
+        self._known_groups = len(self.param_groups)
+        for site in found:  # a scheduler may have set them
             group = self.param_groups[site.group]
             set_setting(group, site.setting, float(get_setting(group, site.setting)))
+        self._sites += found
         for hyperparameter in self.hyperparameters:
             hyperparameter.restore()
         self._check_schedule()
-        self._written = [site.hyperparameter.item() for site in self._sites]
-        if not self._schedulers:
-            self.write_hyperparameters()
+        self._written += [site.hyperparameter.item() for site in found]
 
     @property
     def hyperparameters(self) -> list[Hyperparameter]:
@@ -160,6 +171,7 @@ class DifferentiableOptimizer(Optimizer):
 
     def overwritten_setting(self) -> str | None:
         """Return a tuned setting that someone else has written to, if there is one."""
+        self._take_in_groups()
         for site, value in zip(self._sites, self._written, strict=True):
             scheduled = site.setting == "lr" and self._schedulers
             if not scheduled and get_setting(self.param_groups[site.group], site.setting) != value:
@@ -171,10 +183,10 @@ class DifferentiableOptimizer(Optimizer):
         rates = [site.hyperparameter for site in self._sites if site.setting == "lr"]
         if rates and self._schedulers:
             for rate in rates:
-                if rate.item() == 0:
+                if rate.item() == 0 or isinstance(rate.domain, NonNegative):
                     raise ValueError(
-                        "`lr` cannot be tuned from 0 under a scheduler, which scales it. Start "
-                        "above 0."
+                        "`lr` cannot be tuned from 0, or to it, under a scheduler, which scales "
+                        f"it, got {rate!r}. Give it the domain `Positive()`."
                     )
             all_groups = len(rates) == len(self.param_groups)
             one_rate = all_groups and all(rate is rates[0] for rate in rates)
@@ -216,7 +228,7 @@ class DifferentiableOptimizer(Optimizer):
                     Transition(
                         index,
                         rule,
-                        {**self._derivative_buffers.get(param, {}), **state},
+                        {**self.derivative_buffers(param), **state},
                         param.grad.to_dense(),
                         hypers[param.device],
                         tuned,
@@ -260,13 +272,27 @@ class DifferentiableOptimizer(Optimizer):
             elif param in self._derivative_buffers:
                 self.state[param].update(self._derivative_buffers.pop(param))
 
-    def forget_derivative_buffers(self, param: Tensor) -> None:
-        """Drop what is kept of a weight for the derivative alone.
+    def derivative_buffers(self, param: Tensor) -> State:
+        """Return what is kept of a weight for the derivative alone.
 
         Args:
             param: The weight ``[*P]``.
+
+        Returns:
+            Buffers ``[*P]`` by name; none where torch keeps all itself.
+        """
+        return self._derivative_buffers.get(param, {})
+
+    def set_derivative_buffers(self, param: Tensor, buffers: State) -> None:
+        """Go on with buffers that :meth:`derivative_buffers` returned.
+
+        Args:
+            param: The weight ``[*P]``.
+            buffers: The buffers ``[*P]``, on any device.
         """
         self._derivative_buffers.pop(param, None)
+        if buffers:
+            self._derivative_buffers[param] = {k: v.to(param.device) for k, v in buffers.items()}
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Let the wrapped optimizer step, calling ``before_update`` between gradient and update."""
@@ -318,8 +344,9 @@ class DifferentiableOptimizer(Optimizer):
         self.optimizer.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the wrapped optimizer."""
+        """Add a group, in which hyperparameters may stand, to the wrapped optimizer."""
         self.optimizer.add_param_group(param_group)
+        self._take_in_groups()
 
     def __getattr__(self, name: str) -> Any:
         """Find everything else on the wrapped optimizer."""
@@ -333,7 +360,7 @@ class DifferentiableOptimizer(Optimizer):
 
     def __reduce__(self) -> Any:
         """Copy and pickle the wrapped optimizer, and what stands in its groups."""
-        kept = ("_schedulers", "_sites", "_written", "_derivative_buffers")
+        kept = ("_schedulers", "_sites", "_written", "_known_groups", "_derivative_buffers")
         state = {name: self.__dict__[name] for name in kept}
         return DifferentiableOptimizer, (self.optimizer,), state
 
@@ -342,10 +369,10 @@ class DifferentiableOptimizer(Optimizer):
         self.__dict__.update(state)
 
 
-def _find_sites(optimizer: Optimizer, rule_class: type[UpdateRule]) -> list[_Site]:
-    """Find where hyperparameters stand in the optimizer's groups."""
+def _find_sites(optimizer: Optimizer, rule_class: type[UpdateRule], first: int = 0) -> list[_Site]:
+    """Find where hyperparameters stand in the optimizer's groups, from a first one on."""
     sites = []
-    for number, group in enumerate(optimizer.param_groups):
+    for number, group in enumerate(optimizer.param_groups[first:], start=first):
         for param in group["params"]:
             if isinstance(param, Hyperparameter):
                 raise ValueError(

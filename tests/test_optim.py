@@ -361,6 +361,14 @@ def test_schedulers_built_on_the_inner_optimizer_set_its_rate() -> None:
     assert all(a.equal(b) for a, b in zip(plain, wrapped, strict=True))
 
 
+@pytest.mark.parametrize("value", [0.0, 0.1])
+def test_rate_that_may_reach_0_is_refused_under_a_scheduler(value: float) -> None:
+    inner = torch.optim.SGD(_weights(), lr=Hyperparameter(value, NonNegative()))
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(inner, 0.9)
+    with pytest.raises(ValueError, match=r"`lr` cannot be tuned from 0, or to it, .* `Positive"):
+        DifferentiableOptimizer(inner, [scheduler])
+
+
 # Momentum tuned from 0
 
 FROM_ZERO = {

@@ -1,6 +1,5 @@
 """The callback: when to record, to advance, to update. What is done then lies below."""
 
-import copy
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import Metric
@@ -22,6 +22,7 @@ from lightning_rtho.callbacks._checks import (
     check_settings,
     refusals_explained,
 )
+from lightning_rtho.callbacks._company import forget_what_is_given_up
 from lightning_rtho.callbacks._coupling import decoupled_coordinates, learning_rates
 from lightning_rtho.callbacks._curvature import CurvatureSample
 from lightning_rtho.callbacks._diagnostics import Diagnostic, Diagnostics
@@ -111,6 +112,7 @@ class HypergradientCallback(Callback):
         self._bar: ReadableBar | None = None
         self._next_update = hyper_batch_size
         self._resumed: dict[str, Any] | None = None
+        self._ended: dict[str, Any] | None = None
         self._random_state: dict[str, Any] | None = None
         self._nonfinite_steps = 0
 
@@ -200,7 +202,7 @@ class HypergradientCallback(Callback):
             start=self.hyperparameters,
             domains={name: repr(hyper.domain) for name, hyper in self._tuned.items()},
         )
-        self._next_update = self.hyper_batch_size
+        self._next_update, self._ended = self.hyper_batch_size, None
         self._objective = ValidationObjective(
             trainer, pl_module, self._dataloader, self._outer_batches, self._metric
         )
@@ -211,7 +213,8 @@ class HypergradientCallback(Callback):
         )
         if self._outer_optimizer is not None:
             hypers = list(self._tuned.values())
-            can_climb = self._can_go_back and not self._run.method.keeps_history
+            is_new = self._resumed is None or not self._resumed["schedule"]["updates"]
+            can_climb = is_new and self._can_go_back and not self._run.method.keeps_history
             self._descent = HyperparameterDescent(
                 hypers,
                 self._outer_optimizer,
@@ -387,11 +390,12 @@ class HypergradientCallback(Callback):
             for optimizer in _differentiable(trainer):
                 optimizer.write_hyperparameters()
         restored = self._safeguard if action == "restored" else None
-        if restored is not None:
-            _make_patient(trainer)
+        if restored is not None and self._run is not None:
+            self._run.method.take_faults()
+            forget_what_is_given_up(trainer, trainer.lightning_module)
         update = OuterUpdate(
             step=trainer.global_step,
-            values=self.hyperparameters,
+            values={name: value.cpu() for name, value in self.hyperparameters.items()},
             hypergradients=self._natural(hypergradient),
             outer_objective=self._sign * value,
             sensitivity=sensitivity,
@@ -471,20 +475,32 @@ class HypergradientCallback(Callback):
             "hyperparameters": self.hyperparameters,
             "schedule": self.schedule.state_dict(),
         }
-        if self._run is not None and self._objective is not None:
-            state["run"] = {
-                "steps": self._run.steps,
-                "next_update": self._next_update,
-                "nonfinite_steps": self._nonfinite_steps,
-                "parameters": self._run.parameter_names,
-                "method": self._run.method.state_dict(),
-                "objective": self._objective.state_dict(),
-                "descent": None if self._descent is None else self._descent.state_dict(),
-                "safeguard": None if self._safeguard is None else self._safeguard.state_dict(),
-                "sample": None if self._sample is None else self._sample.state_dict(),
-                "random": read_random_state(),
-            }
-        return copy.deepcopy(state)
+        run = self._ended if self._run is None else self._run_state()
+        if run is not None:
+            state["run"] = run
+        # On the host, where there is room for a copy.
+        copied: dict[str, Any] = apply_to_collection(
+            state, Tensor, lambda tensor: tensor.detach().to("cpu", copy=True)
+        )
+        return copied
+
+    def _run_state(self) -> dict[str, Any] | None:
+        """Return where the run stands, uncopied; None in the midst of a step."""
+        if self._run is None or self._objective is None or self._run.is_advancing:
+            return None
+        return {
+            "steps": self._run.steps,
+            "next_update": self._next_update,
+            "nonfinite_steps": self._nonfinite_steps,
+            "parameters": self._run.parameter_names,
+            "derivative_buffers": self._run.derivative_buffers,
+            "method": self._run.method.state_dict(),
+            "objective": self._objective.state_dict(),
+            "descent": None if self._descent is None else self._descent.state_dict(),
+            "safeguard": None if self._safeguard is None else self._safeguard.state_dict(),
+            "sample": None if self._sample is None else self._sample.state_dict(),
+            "random": read_random_state(),
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -519,6 +535,7 @@ class HypergradientCallback(Callback):
         self._run.steps, self._next_update = run["steps"], run["next_update"]
         self._nonfinite_steps = run["nonfinite_steps"]
         self._run.order_parameters(run["parameters"])
+        self._run.derivative_buffers = run["derivative_buffers"]
         self._run.method.load_state_dict(run["method"], self._run.recollection())
         self._objective.load_state_dict(run["objective"])
         if self._sample is not None and run["sample"] is not None:
@@ -534,12 +551,12 @@ class HypergradientCallback(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Leave nothing behind."""
+        """Leave nothing behind but what a checkpoint of where the run stood needs."""
         self._end(trainer)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave nothing behind."""
+        """Leave nothing behind but what a checkpoint of the end needs."""
         if self._run is not None and not self.schedule:
             rank_zero_warn(
                 f"{type(self).__name__} made no update in {self._run.steps} followed steps. Lower "
@@ -549,6 +566,8 @@ class HypergradientCallback(Callback):
 
     def _end(self, trainer: Trainer) -> None:
         if self._run is not None:
+            # Checkpoints that are written at the end of a run, or on an exception, come after this.
+            self._ended = self._state_on_host()
             self._run.end()
         if self._bar is not None:
             self._bar.end()
@@ -558,15 +577,19 @@ class HypergradientCallback(Callback):
             o.optimizer if isinstance(o, DifferentiableOptimizer) else o for o in trainer.optimizers
         ]
 
+    def _state_on_host(self) -> dict[str, Any] | None:
+        """Return where the run stands, on the host; None if that cannot be had any more."""
+        try:
+            state: dict[str, Any] | None = apply_to_collection(
+                self._run_state(), Tensor, lambda tensor: tensor.detach().cpu()
+            )
+        except Exception:  # whatever has ended the run, as a device that has failed
+            return None
+        return state
+
 
 def _differentiable(trainer: Trainer) -> list[DifferentiableOptimizer]:
     return [o for o in trainer.optimizers if isinstance(o, DifferentiableOptimizer)]
-
-
-def _make_patient(trainer: Trainer) -> None:
-    """Let early stopping wait anew: what a run did before it went back does not count."""
-    for stopping in trainer.early_stopping_callbacks:
-        stopping.wait_count = 0
 
 
 def _metrics(update: OuterUpdate) -> dict[str, float]:

@@ -10,7 +10,7 @@ __all__ = ["read_random_state", "write_random_state"]
 
 
 def read_random_state() -> dict[str, Any]:
-    """Read the random state of torch on all devices, numpy and Python.
+    """Read the random state of torch on the CPU and CUDA, of numpy and of Python.
 
     Returns:
         Tensors, numbers and lists.
@@ -33,7 +33,8 @@ def write_random_state(state: dict[str, Any]) -> None:
     """
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        # A checkpoint may come from a machine with more devices.
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, *rest = state["numpy"]

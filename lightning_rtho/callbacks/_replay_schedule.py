@@ -11,13 +11,19 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_rtho._types import State
 from lightning_rtho.callbacks._base import HypergradientCallback
 from lightning_rtho.callbacks._run import schedulers_of
 from lightning_rtho.callbacks._selection import select_hyperparameters
-from lightning_rtho.callbacks._snapshot import move_snapshot, restore_snapshot, take_snapshot
+from lightning_rtho.callbacks._snapshot import (
+    move_snapshot,
+    read_derivative_buffers,
+    restore_snapshot,
+    take_snapshot,
+    write_derivative_buffers,
+)
 from lightning_rtho.hyperparameters import Hyperparameter, Real, declared_hyperparameters
 from lightning_rtho.optim import DifferentiableOptimizer
 from lightning_rtho.schedule import OuterUpdate, Schedule
@@ -76,7 +82,7 @@ class ReplaySchedule(Callback):
         self._resumed_step: int | None = None
         self._applied = 0
         self._optimizers: list[DifferentiableOptimizer] = []
-        self._lacking: set[Optimizer] = set()
+        self._resumed_buffers: list[State] = []
         # States that will be gone back to: one at a time, since what is best only gets better.
         kept = {update.restored_step for update in self.schedule}
         self._kept_steps = sorted(step * stretch for step in kept if step is not None)
@@ -117,12 +123,17 @@ class ReplaySchedule(Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         """Return the present values and the state to go back to."""
-        return {"hyperparameters": self.hyperparameters, "snapshot": self._snapshot}
+        return {
+            "hyperparameters": self.hyperparameters,
+            "snapshot": self._snapshot,
+            "derivative_buffers": read_derivative_buffers(self._params, self._optimizers),
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back the state to go back to; the values are those of the schedule."""
         self._snapshot = state_dict["snapshot"]
+        self._resumed_buffers = state_dict["derivative_buffers"]
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -172,7 +183,9 @@ class ReplaySchedule(Callback):
         self._snapshot = move_snapshot(self._snapshot, self._params)
         begun = bisect_right if self._snapshot else bisect_left
         self._kept = begun(self._kept_steps, trainer.global_step)
-        self._resumed_step = None
+        if self._resumed_step is not None and len(self._resumed_buffers) == len(self._params):
+            write_derivative_buffers(self._resumed_buffers, self._params, self._optimizers)
+        self._resumed_step, self._resumed_buffers = None, []
         self._applied = self._updates_until(trainer.global_step)
         self._write(trainer)
         for optimizer in self._optimizers:
@@ -257,10 +270,9 @@ class ReplaySchedule(Callback):
         """Hand torch the velocity that the run had which learned momentum from 0 on."""
         rule = optimizer.rule_class
         lacking = any(rule.unkept_buffers(group) for group in optimizer.param_groups)
-        if lacking or optimizer in self._lacking:
+        if lacking or any(optimizer.derivative_buffers(param) for param in optimizer.params):
             columns = {id(hyper): i for i, hyper in enumerate(optimizer.hyperparameters)}
             optimizer.carry_derivative_buffers(optimizer.transitions(columns))
-        (self._lacking.add if lacking else self._lacking.discard)(optimizer)
 
     @override
     def on_exception(
@@ -277,4 +289,4 @@ class ReplaySchedule(Callback):
     def _end(self, trainer: Trainer) -> None:
         if self._optimizers:
             trainer.optimizers = [optimizer.optimizer for optimizer in self._optimizers]
-        self._optimizers, self._lacking = [], set()
+        self._optimizers = []

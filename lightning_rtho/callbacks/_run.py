@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_rtho._types import State
 from lightning_rtho.callbacks._checks import refusals_explained
 from lightning_rtho.callbacks._curvature import CurvatureSample
 from lightning_rtho.callbacks._detached import DetachedWeights
@@ -23,6 +24,7 @@ from lightning_rtho.callbacks._kernels import (
 )
 from lightning_rtho.callbacks._manual import ManualStep
 from lightning_rtho.callbacks._replay import TrainingStepReplay, loss_scale
+from lightning_rtho.callbacks._snapshot import read_derivative_buffers, write_derivative_buffers
 from lightning_rtho.dynamics import Transition
 from lightning_rtho.hypergradient import AbstractHypergradient, OptimizerStep, Recollection
 from lightning_rtho.hyperparameters import Hyperparameter
@@ -52,6 +54,7 @@ class FollowedRun:
     Attributes:
         method: The method.
         steps: Optimizer steps fed to it.
+        is_advancing: Whether it has taken in a part of the coming step.
     """
 
     def __init__(
@@ -69,7 +72,7 @@ class FollowedRun:
         self._columns = _columns(tuned)
         self.method = make_method(_params(module, optimizers), list(tuned.values()))
         self.steps = self._skipped_steps = 0
-        self._recorded = False
+        self._recorded = self.is_advancing = False
         self._statistics = RunningStatistics(module)
         self._clip = _clip(trainer)
         self._raw_grads: dict[Tensor, Tensor] = {}
@@ -313,12 +316,14 @@ class FollowedRun:
             self._trainer.global_step,
             is_traced=self._are_gradients_traced(followed),
         )
+        self.is_advancing = True
         with refusals_explained():
             self.method.advance(step)
         if self._manual is None:
             self.method.forget_gradients(range(len(self.method.params)))
         optimizer.carry_derivative_buffers(transitions)
         self.steps += bool(transitions)
+        self.is_advancing = False
         self._recorded, self._raw_grads = False, {}
 
     def _are_gradients_traced(self, transitions: Sequence[Transition]) -> bool | None:
@@ -359,6 +364,15 @@ class FollowedRun:
                 f"trains {sorted(params)}. Resume with the same parameters in the optimizer."
             )
         self.method.params = [params[name] for name in names]
+
+    @property
+    def derivative_buffers(self) -> list[State]:
+        """What the optimizers keep of each parameter for the derivative alone, each ``[*P]``."""
+        return read_derivative_buffers(self.method.params, self._optimizers)
+
+    @derivative_buffers.setter
+    def derivative_buffers(self, buffers: Sequence[State]) -> None:
+        write_derivative_buffers(buffers, self.method.params, self._optimizers)
 
     def recollection(self) -> Recollection:
         """Return what this run knows of the steps that a checkpoint holds."""

@@ -249,5 +249,9 @@ class Safeguard:
         """
         self._backtracking.load_state_dict(state["backtracking"])
         self._best = move_snapshot(state["best"], self._method.params)
-        self._best_values, self.best_step = state["best_values"], state["best_step"]
+        self._best_values = [
+            value.to(hyper.device)
+            for value, hyper in zip(state["best_values"], self._hypers, strict=False)  # or none
+        ]
+        self.best_step = state["best_step"]
         self.counts = state["counts"]

@@ -7,10 +7,18 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lightning_rtho._types import State
 from lightning_rtho.hyperparameters import Hyperparameter
 from lightning_rtho.optim import DifferentiableOptimizer
 
-__all__ = ["distance_from", "move_snapshot", "restore_snapshot", "take_snapshot"]
+__all__ = [
+    "distance_from",
+    "move_snapshot",
+    "read_derivative_buffers",
+    "restore_snapshot",
+    "take_snapshot",
+    "write_derivative_buffers",
+]
 
 
 def take_snapshot(
@@ -31,6 +39,7 @@ def take_snapshot(
     return {
         "params": [param.detach().clone() for param in params],
         "states": [_copy(_state_of(param, optimizers)) for param in params],
+        "derivative_buffers": [_copy(b) for b in read_derivative_buffers(params, optimizers)],
         "buffers": {name: buffers[key].clone() for name, buffers, key in _buffers(module)},
     }
 
@@ -59,10 +68,45 @@ def restore_snapshot(
                     _write(optimizer.state[param], state)
                     if not state:  # before an optimizer's first step it knows no weight
                         del optimizer.state[param]
-                optimizer.forget_derivative_buffers(param)
+        buffers_of = [_copy(buffers) for buffers in snapshot["derivative_buffers"]]
+        write_derivative_buffers(buffers_of, params, optimizers)
         for name, buffers, key in _buffers(module):
             if name in snapshot["buffers"]:
                 _write(buffers, {key: snapshot["buffers"][name]}, whole=False)
+
+
+def read_derivative_buffers(
+    params: Sequence[Tensor], optimizers: Sequence[DifferentiableOptimizer]
+) -> list[State]:
+    """Return what optimizers keep of weights for the derivative alone.
+
+    Args:
+        params: The weights, each ``[*P]``.
+        optimizers: Their optimizers.
+
+    Returns:
+        Buffers ``[*P]`` by name, of each weight.
+    """
+    kept = [[optimizer.derivative_buffers(param) for optimizer in optimizers] for param in params]
+    return [next(filter(None, found), {}) for found in kept]
+
+
+def write_derivative_buffers(
+    buffers: Sequence[State],
+    params: Sequence[Tensor],
+    optimizers: Sequence[DifferentiableOptimizer],
+) -> None:
+    """Let optimizers go on with what :func:`read_derivative_buffers` returned.
+
+    Args:
+        buffers: Buffers ``[*P]`` by name, of each weight.
+        params: The weights, each ``[*P]``.
+        optimizers: Their optimizers.
+    """
+    trained_by = {param: optimizer for optimizer in optimizers for param in optimizer.params}
+    for param, kept in zip(params, buffers, strict=True):
+        if param in trained_by:
+            trained_by[param].set_derivative_buffers(param, kept)
 
 
 def distance_from(snapshot: dict[str, Any], params: Sequence[Tensor]) -> float:

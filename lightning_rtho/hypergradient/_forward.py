@@ -106,7 +106,11 @@ class ForwardHypergradient(AbstractHypergradient):
 
     def state_dict(self) -> dict[str, Any]:
         """See :meth:`AbstractHypergradient.state_dict`; Z."""
-        return {"tangents": self.tangents, "statistic_tangents": self.statistic_tangents}
+        return {
+            "tangents": self.tangents,
+            "statistic_tangents": self.statistic_tangents,
+            "is_discounted": self._is_discounted,
+        }
 
     def load_state_dict(self, state: dict[str, Any], recollection: Recollection) -> None:
         """See :meth:`AbstractHypergradient.load_state_dict`."""
@@ -119,6 +123,7 @@ class ForwardHypergradient(AbstractHypergradient):
         self.statistic_tangents = {
             buffer: value.to(device) for buffer, value in state["statistic_tangents"].items()
         }
+        self._is_discounted = state["is_discounted"]
 
     def forget_gradients(self, indices: Iterable[int]) -> None:
         """See :meth:`AbstractHypergradient.forget_gradients`."""

@@ -231,12 +231,11 @@ class _ReplayTape(Tape):
             replays = [replay.state_dict() for replay in losses]
             if any(replay is None for replay in replays):
                 return None
-            step = _copy_step(step, torch.clone)  # out of the arena
             steps.append({
                 "number": step.number,
                 "transitions": [_transition_state(transition) for transition in step.transitions],
                 "raw_grads": None if step.clip is None else list(step.raw_grads),
-                "weights": _copy_weights(weights, step, torch.clone),
+                "weights": weights,
                 "losses": replays,
                 "fingerprint": prints,
             })

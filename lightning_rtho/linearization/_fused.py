@@ -34,6 +34,8 @@ class _Compiled:
                 # Private until torch 2.13 has `compile(recompile_limit=)`; 8 versions were too few.
                 with torch._dynamo.config.patch(recompile_limit=_MOST_VERSIONS):
                     return self._compiled(*args)
+            except torch.OutOfMemoryError:
+                raise  # not the compiler's, and after tensors may have been overwritten
             except Exception as error:  # whatever a missing or broken compiler raises
                 self._failed = True
                 warnings.warn(
@@ -111,7 +113,7 @@ def fused_step_vjp(
         Cotangents of the state ``[*P]`` or ``[]``, of the gradient ``[*P]`` and of the tuned
         settings ``[]``.
     """
-    if not is_large(transition.grad):
+    if not is_large(transition.grad) or not new_state_bar:  # a compiler has no use for no output
         return step_vjp(transition, new_state_bar)
     shape = transition.grad.shape
     tuned = {name: transition.hyper[name] for name in transition.columns}

@@ -19,9 +19,9 @@ class OuterUpdate:
             values before the update.
         outer_objective: Outer objective before the update.
         sensitivity: How many of their own lengths the weights move, to first order, for a relative
-            change of a hyperparameter: the largest ||dw/dlog lambda|| / ||w||. Below about 40 in
-            runs that learn; beyond 100 hypergradients mean nothing. NaN for `TRHO`, which does not
-            know dw/dlambda.
+            change of a hyperparameter: the largest ||dw/dlog lambda|| / ||w||. Most runs that
+            learn stay below 5; from 10 on the safeguard takes hypergradients to mean nothing. NaN
+            for `TRHO`, which does not know dw/dlambda.
         safeguard: What was done in the place of an ordinary update: ``"lowered"`` where the run was
             chaotic, ``"restored"`` where it was lost and went back to its best state, which gives
             no hypergradients (NaN); else None.

@@ -1,6 +1,7 @@
 """A small smooth Lightning module, and fits of it with and without a callback."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -69,6 +70,7 @@ def fit(
     steps: int = 5,
     train: DataLoader | None = None,
     val: DataLoader | None = None,
+    ckpt_path: Path | None = None,
     **trainer_settings: Any,
 ) -> L.Trainer:
     """Train for some optimizer steps on one device, quietly."""
@@ -92,6 +94,7 @@ def fit(
         module,
         loader(TRAIN_SIZE, seed=1, batch_size=4, shuffle=True) if train is None else train,
         loader(VAL_SIZE, seed=2, batch_size=VAL_SIZE) if val is None else val,
+        ckpt_path=ckpt_path,
     )
     return trainer
 

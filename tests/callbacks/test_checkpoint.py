@@ -1,5 +1,6 @@
 """A run resumed from a checkpoint goes on bitwise as if it had not been interrupted."""
 
+import itertools
 import signal
 import subprocess
 import sys
@@ -11,7 +12,11 @@ from typing import Any, NamedTuple
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+)
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader
@@ -21,10 +26,12 @@ from lightning_rtho import (
     TRHO,
     Hyperparameter,
     KeepGraph,
+    NonNegative,
     Offload,
     Positive,
     load_hyperparameters,
 )
+from lightning_rtho.hypergradient import ReverseHypergradient
 from tests.callbacks.problems import FEATURES, TRAIN_SIZE, SmallNet, fit, loader
 
 STEPS = 13
@@ -121,6 +128,8 @@ def final(module: SmallNet, trainer: L.Trainer, callback: Any) -> dict[str, Any]
 
 METHODS = {
     "rtho": lambda: RTHO(hyper_batch_size=3),
+    "discounted": lambda: RTHO(hyper_batch_size=3, discount=0.5),
+    "rounded": lambda: RTHO(hyper_batch_size=3, tangent_dtype=torch.bfloat16),
     "recompute": lambda: TRHO(hyper_batch_size=3),
     "offload": lambda: TRHO(hyper_batch_size=3, tape=Offload("cpu")),
     "keep graph": lambda: TRHO(hyper_batch_size=3, tape=KeepGraph()),
@@ -149,7 +158,7 @@ def whole_runs(tmp_path_factory):
     [
         *(("rtho", accumulate, step) for accumulate in (1, 2) for step in (3, 5, 7)),
         *(("recompute", accumulate, step) for accumulate in (1, 2) for step in (5, 6, 7)),
-        ("offload", 1, 7),
+        *((method, 1, 7) for method in ("discounted", "rounded", "offload")),
         ("keep graph", 1, 6),  # a graph lives in memory alone: resumed where a window ends
     ],
 )
@@ -164,6 +173,105 @@ def test_rest_of_the_run_is_bitwise_the_uninterrupted_one(
     found = final(*run(resumed, tmp_path, **settings), resumed)
     assert found.keys() == expected.keys()
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+@pytest.mark.parametrize("step", [2, 7])
+@pytest.mark.parametrize("moves", [True, False])
+def test_velocity_that_torch_does_not_keep_is_in_a_checkpoint(moves, step, tmp_path):
+    settings = {} if moves else {"outer_optimizer": None}
+    found = []
+    for ckpt_path in (None, tmp_path / f"step={step}.ckpt"):
+        module = SmallNet(lr=0.1, momentum=Hyperparameter(0.0, NonNegative()))
+        callback = RTHO(hyper_batch_size=3, **settings)
+        trained = run(callback, tmp_path, module=module, ckpt_path=ckpt_path)
+        found.append(final(*trained, callback))
+    whole, resumed = found
+    assert whole.keys() == resumed.keys()
+    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+
+
+class Interrupted(Exception):
+    """What ends a run."""
+
+
+class EndsEarly(SmallNet):
+    """Is interrupted in a training step, or stops after it."""
+
+    def __init__(self, interrupted_at: int | None = None, stops_at: int | None = None) -> None:
+        super().__init__(optim.Adam, body=body, lr=Hyperparameter(0.01, Positive()))
+        self.interrupted_at, self.stops_at = interrupted_at, stops_at
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == self.interrupted_at:
+            raise Interrupted
+        return super().training_step(batch, batch_idx)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.trainer.should_stop = self.global_step == self.stops_at
+
+
+class OneBatch:
+    """The same batch again and again, wherever it stood; draws no random numbers."""
+
+    def __len__(self) -> int:
+        return 100
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        (batch,) = loader(4, seed=1, batch_size=4)
+        return itertools.repeat(batch, 100)
+
+
+@pytest.mark.parametrize("ending", ["exception", "end"])
+@pytest.mark.parametrize("method", ["rtho", "recompute"])
+def test_checkpoint_of_where_a_run_ended_goes_on_bitwise(method, ending, tmp_path):
+    settings = {"train": OneBatch(), "enable_checkpointing": True}
+    callback = METHODS[method]()
+    whole = EndsEarly()
+    whole_trainer = fit(whole, callback, steps=STEPS, **settings)
+    expected = final(whole, whole_trainer, callback)
+    if ending == "exception":
+        keeper = OnExceptionCheckpoint(tmp_path, "ended")
+        with pytest.raises(Interrupted):
+            fit(EndsEarly(interrupted_at=7), METHODS[method](), keeper, steps=STEPS, **settings)
+    else:
+        trainer = fit(EndsEarly(stops_at=7), METHODS[method](), steps=STEPS, **settings)
+        trainer.save_checkpoint(tmp_path / "ended.ckpt")
+    callback, module = METHODS[method](), EndsEarly()
+    found = final(
+        module,
+        fit(module, callback, steps=STEPS, ckpt_path=tmp_path / "ended.ckpt", **settings),
+        callback,
+    )
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+def test_run_that_ended_in_the_midst_of_an_update_keeps_its_values_and_does_not_climb(
+    tmp_path, monkeypatch
+):
+    def interrupt(*args):
+        raise Interrupted
+
+    settings = {"train": OneBatch(), "enable_checkpointing": True}
+
+    class Breaks(L.Callback):
+        def on_before_optimizer_step(self, trainer, *args):
+            if trainer.global_step == 60:
+                monkeypatch.setattr(ReverseHypergradient, "advance", interrupt)
+
+    keeper = OnExceptionCheckpoint(tmp_path, "ended")
+    first = TRHO(hyper_batch_size=2)
+    with pytest.raises(Interrupted):
+        fit(EndsEarly(), first, Breaks(), keeper, steps=100, **settings)
+    monkeypatch.undo()
+    state = torch.load(tmp_path / "ended.ckpt", weights_only=True)["callbacks"]
+    assert ["run" in s for k, s in state.items() if k.startswith("TRHO")] == [False]
+    resumed = TRHO(hyper_batch_size=2)
+    fit(EndsEarly(), resumed, steps=70, ckpt_path=tmp_path / "ended.ckpt", **settings)
+    rates = [update.values["settings.lr"].item() for update in resumed.schedule]
+    assert [update.step for update in resumed.schedule] == [*range(2, 62, 2), 62, 64, 66, 68, 70]
+    # A climb would multiply the rate by 2.7 or more each time.
+    assert all(after < 1.5 * before for before, after in itertools.pairwise(rates[29:]))
 
 
 class Growing(SmallNet):

@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTh
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, optim
 
-from lightning_rtho import RTHO, TRHO, KeepGraph
+from lightning_rtho import RTHO, TRHO, Hyperparameter, KeepGraph, Positive
 from tests.callbacks.problems import SmallNet, finite_difference, fit, validation_loss
 
 STEPS = 8
@@ -105,13 +105,6 @@ def unfreezing() -> BackboneFinetuning:
 
 
 def test_groups_added_in_mid_run_are_followed():
-    class Constant(BackboneFinetuning):
-        def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-            before = [group["lr"] for group in trainer.optimizers[0].param_groups]
-            super().on_train_epoch_start(trainer, module)
-            for group, rate in zip(trainer.optimizers[0].param_groups, before, strict=False):
-                group["lr"] = rate
-
     def loss_at(lr: float) -> float:
         module = TwoParts(lr)
         fit(module, unfreezing(), steps=STEPS)
@@ -119,7 +112,41 @@ def test_groups_added_in_mid_run_are_followed():
 
     found = observed(METHODS["forward"], unfreezing, module=TwoParts())
     assert found == pytest.approx(finite_difference(0.1, loss_at), rel=1e-6)
-    assert isinstance(observed(METHODS["recompute"], unfreezing, module=TwoParts()), float)
+
+
+class Thawed(TwoParts):
+    """Trains its backbone from the fifth step on, with the rate of its head."""
+
+    def configure_optimizers(self):
+        return optim.SGD(self.head.parameters(), lr=self.settings["lr"], momentum=0.5)
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if self.global_step == 4:
+            group = {"params": list(self.backbone.parameters()), "lr": self.settings["lr"]}
+            self.add_to(self.trainer.optimizers[0], group)
+
+    def add_to(self, optimizer, group):
+        optimizer.add_param_group(group)
+
+
+class ThawedBelow(Thawed):
+    def add_to(self, optimizer, group):
+        getattr(optimizer, "optimizer", optimizer).add_param_group(group)
+
+
+@pytest.mark.parametrize("module_type", [Thawed, ThawedBelow])
+@pytest.mark.parametrize("make", [RTHO, TRHO])
+def test_hyperparameters_in_groups_added_in_mid_run_are_followed(make, module_type):
+    def loss_at(lr: float) -> float:
+        module = module_type(lr)
+        fit(module, steps=STEPS)
+        return validation_loss(module)
+
+    callback = make(hyper_batch_size=STEPS, outer_optimizer=None)
+    fit(module_type(Hyperparameter(0.1, Positive())), callback, steps=STEPS)
+    (found,) = callback.schedule[-1].hypergradients.values()
+
+    assert found.item() == pytest.approx(finite_difference(0.1, loss_at), rel=1e-6)
 
 
 class Freezing(SmallNet):
@@ -141,6 +168,31 @@ def test_weights_frozen_in_mid_run_begin_a_new_history(method):
             fit(module, callback, steps=9)
         found.append(callback.hypergradients["lr"].item())
     assert found[0] == found[1]
+
+
+AVERAGES: dict[str, Any] = {
+    "swa": lambda: StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1, annealing_epochs=1)
+}
+if "EMAWeightAveraging" in COMPANY:
+    AVERAGES["ema"] = COMPANY["EMAWeightAveraging"]
+
+
+@pytest.mark.parametrize("name", AVERAGES)
+def test_averages_of_weights_begin_anew_where_a_run_goes_back(name):
+    callback = RTHO(["lr"], hyper_batch_size=7)  # an epoch has 5 steps, and ends with lost weights
+    module = SmallNet(lr=1e6)  # lost in the first steps, far away
+    start = validation_loss(SmallNet(lr=1e6))
+    with pytest.warns(UserWarning, match="went back to its best state"):
+        fit(module, callback, AVERAGES[name](), steps=80, max_epochs=16)
+    assert callback.schedule[-1].safeguard is None
+    assert validation_loss(module) < start
+
+
+def test_steps_of_a_lost_run_are_not_counted_against_the_one_after_it(recwarn):
+    callback = RTHO(["lr"], hyper_batch_size=200)
+    fit(SmallNet(lr=1e6), callback, steps=1600)  # not finite after 50 steps
+    assert callback.schedule[0].safeguard == "restored"
+    assert not [w for w in recwarn if "is not finite at step" in str(w.message)]
 
 
 MONITORED: dict[str, Any] = {

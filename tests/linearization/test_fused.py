@@ -99,6 +99,25 @@ def test_fused_pulls_back_as_the_plain_one_does(case):
 
 
 @pytest.mark.filterwarnings("error:The derivatives of the optimizer's update")
+def test_cotangent_of_weights_on_which_nothing_depends_is_zero():
+    transition, _, _, _ = _inputs(CASES[0], 3)  # as of an auxiliary head
+    state_bar, grad_bar, hyper_bar = fused_step_vjp(transition, {})
+    assert state_bar.keys() == transition.state.keys()
+    for value in (*state_bar.values(), grad_bar, *hyper_bar.values()):
+        assert not value.any()
+
+
+@pytest.mark.filterwarnings("error:The derivatives of the optimizer's update")
+def test_lack_of_memory_is_not_taken_for_a_missing_compiler(monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: full)
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        _fused._Compiled(torch.neg)(torch.ones(2))
+
+
+@pytest.mark.filterwarnings("error:The derivatives of the optimizer's update")
 def test_a_process_may_meet_many_rules_and_sets_of_settings():
     add = _fused._Compiled(lambda state: sum(state.values()))
     for count in range(1, 12):  # torch gives up after 8 versions unless told otherwise
