@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_rtho._numerics import tolerance
 
-__all__ = ["fingerprint", "is_of"]
+__all__ = ["fingerprint", "have_other_sums", "is_of"]
 
 
 def fingerprint(tensors: Sequence[Tensor]) -> Tensor:
@@ -25,6 +25,22 @@ def fingerprint(tensors: Sequence[Tensor]) -> Tensor:
     sums = [tensor.sum(dtype=dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
     norms = [tensor.norm(dtype=dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
     return torch.stack([number.double() for number in (*sums, *norms)]).reshape(2, -1)
+
+
+def have_other_sums(tensors: Sequence[Tensor], sums: Tensor | None) -> Tensor:
+    """Tell whether the sums of tensors are other than given ones, by more than rounding.
+
+    Args:
+        tensors: The tensors, each ``[*P]``.
+        sums: Of each ``[len(tensors)]``; None is zero.
+
+    Returns:
+        A boolean ``[]``, not yet synchronised with the host; False where they are not finite.
+    """
+    found, norms = fingerprint(tensors)
+    difference = found if sums is None else found - sums
+    differs: Tensor = difference.norm() > tolerance(tensors) * norms.norm()
+    return differs
 
 
 def is_of(prints: Tensor, tensors: Sequence[Tensor]) -> Tensor:

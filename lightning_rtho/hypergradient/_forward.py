@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_rtho._types import Hypers, StateTangent
-from lightning_rtho.distributed import is_distributed, mean_over_ranks
+from lightning_rtho.distributed import mean_over_ranks
 from lightning_rtho.dynamics import Transition
 from lightning_rtho.hypergradient._base import (
     AbstractHypergradient,
@@ -314,11 +314,10 @@ class ForwardHypergradient(AbstractHypergradient):
         self.forget_gradients(transition.index for transition in step.transitions)
 
     def _look_for_edits(self, step: OptimizerStep) -> None:
-        """Compare the optimizer's gradients with the losses'; among processes, at first alone."""
-        if self._is_sampled or (is_distributed() and self._edited is not None):
-            return  # not the step's, or as much communication as another tangent
-        traced = [self._grads[transition.index] for transition in step.transitions]
-        found = edited(step, mean_over_ranks(traced, like=step.raw_grads))
+        """Compare the optimizer's gradients with the losses', where these are not of samples."""
+        if self._is_sampled:
+            return
+        found = edited(step, [self._grads[transition.index] for transition in step.transitions])
         self._edited = found if self._edited is None else self._edited | found
 
     def _grads_dot_of(self, step: OptimizerStep, columns: range) -> Sequence[Tensor]:

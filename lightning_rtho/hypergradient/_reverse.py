@@ -184,11 +184,12 @@ class ReverseHypergradient(AbstractHypergradient):
             total += self._flat(product.hypers)
             products += [part for part in (*product.params, *product.hypers) if part is not None]
             pulled = [add(*pair) for pair in zip(pulled, product.params, strict=True)]
+        self._verified = True
         for alpha, part in zip(alphas, mean_over_ranks(pulled, like=self.params), strict=True):
             if part is not None:
                 _add_to(alpha, part)
         is_traced = transitions and not recorded.is_sampled
-        if is_traced and self._edited(step, [traced[t.index] for t in transitions]):
+        if is_traced and bool(edited(step, [traced[t.index] for t in transitions])):
             raise GradientMismatchError(
                 "The gradient given to the optimizer is not the loss's: something between backward "
                 "and the optimizer's step changes gradients, or `training_step` does not compute "
@@ -197,13 +198,6 @@ class ReverseHypergradient(AbstractHypergradient):
             )
         (mean,) = mean_over_ranks([total], like=[total])
         return total if mean is None else mean, are_finite(products)
-
-    def _edited(self, step: OptimizerStep, traced: Sequence[Tensor | None]) -> bool:
-        """Compare the optimizer's gradients with the losses'; among processes, at first alone."""
-        if is_distributed() and self._verified:
-            return False  # it would double the communication
-        self._verified = True
-        return bool(edited(step, mean_over_ranks(traced, like=step.raw_grads)))
 
     def state_dict(self) -> dict[str, Any]:
         """See :meth:`AbstractHypergradient.state_dict`; the steps of the window so far."""

@@ -100,7 +100,13 @@ class Report(L.Callback):
 
 
 def run(
-    method: str, path: Path, processes: int, strategy: Any, unused: bool = False, **settings: Any
+    method: str,
+    path: Path,
+    processes: int,
+    strategy: Any,
+    unused: bool = False,
+    module_type: type[Shared] = Shared,
+    **settings: Any,
 ) -> list[Any]:
     path.mkdir()
     torch.set_num_threads(1)
@@ -123,7 +129,7 @@ def run(
         use_distributed_sampler=False,
         **settings,
     )
-    trainer.fit(Shared(4 // processes, unused))
+    trainer.fit(module_type(4 // processes, unused))
     return [torch.load(path / f"{rank}.pt", map_location="cpu") for rank in range(processes)]
 
 
@@ -153,6 +159,19 @@ def test_two_processes_equal_one(method, options, unused, settings, tmp_path):
         for update, other in zip(two[0][kind], two[1][kind], strict=True):
             assert all(torch.equal(update[name], other[name]) for name in update)
     assert len(one["values"]) == 2
+
+
+class EditsLate(Shared):
+    def on_before_optimizer_step(self, optimizer):
+        if self.global_step == 4:
+            for param in self.net.parameters():
+                param.grad.mul_(0.9)
+
+
+def test_gradients_edited_in_any_step_are_found_out(tmp_path):
+    strategy = DDPStrategy(start_method="spawn", process_group_backend="gloo")
+    with pytest.raises(Exception, match="The gradient given to the optimizer is not the loss's"):
+        run("recompute", tmp_path / "two", 2, strategy, module_type=EditsLate)
 
 
 def test_two_processes_replay_what_they_have_learned(tmp_path, monkeypatch):
