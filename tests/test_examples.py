@@ -29,11 +29,11 @@ OPTIONS = {
 }
 
 FIRST_STEPS = {
-    "quickstart": ({}, 2, 9),  # 4.9 %; 53.6 % without the callback
+    "quickstart": ({}, 2, 9),  # 3.9 %; 53.6 % without the callback
     "layer_rates": ({"steps": 400}, 2, 15),  # 3.7 %
     "task_weights": ({"steps": 300}, 0.4, 0.9),  # 0.55; 1 if tuning gained nothing
     "example_weights": ({"steps": 500}, 0.8, 1),  # 0.95; 0.33 by chance
-    "cli": ({}, 2, 20),  # 6.0 %
+    "cli": ({}, 2, 20),  # 6.9 %
     "replay": ({"steps": 60}, 0, 0),
     "own_rule": ({}, 0, 1e-6),  # the differences' own error is below 1e-9
     "manual": ({"steps": 300}, 0.4, 0.85),  # 0.52; 1 if tuning gained nothing

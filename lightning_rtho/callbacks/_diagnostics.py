@@ -99,7 +99,7 @@ class Diagnostics:
             return
         for write in _histogram_writers(trainer):
             for hyper, weight, part in split_tangents(tangents, _sizes(hypergradients)):
-                finite = part[part.isfinite()].double()
+                finite = part[part.isfinite()].cpu().double()
                 if finite.numel() > 0:
                     write(f"tangent_histogram/{hyper}/{weight}", finite, trainer.global_step)
 
@@ -118,7 +118,9 @@ def cosine(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
         >>> cosine([torch.tensor([3.0, 0.0])], [torch.tensor([1.0, 1.0])])
         0.7071...
     """
-    a, b = (torch.cat([part.flatten().double() for part in parts]) for parts in (first, second))
+    a, b = (
+        torch.cat([part.flatten().cpu().double() for part in parts]) for parts in (first, second)
+    )
     return float(a @ b / (a.norm() * b.norm()))
 
 
@@ -140,7 +142,8 @@ def tangent_norms(
     """
     squares = dict.fromkeys(sizes, 0.0)
     for hyper, _, part in split_tangents(tangents, sizes):
-        squares[hyper] += part.double().square().sum().item()
+        exact = torch.promote_types(part.dtype, torch.float32)
+        squares[hyper] += part.norm(dtype=exact).item() ** 2
     return {hyper: square**0.5 for hyper, square in squares.items()}
 
 

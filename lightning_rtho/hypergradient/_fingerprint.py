@@ -1,5 +1,6 @@
 """Knowing gradients again without keeping them."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -19,12 +20,13 @@ def fingerprint(tensors: Sequence[Tensor]) -> Tensor:
         tensors: The tensors, each ``[*P]``.
 
     Returns:
-        ``[2, len(tensors)]``, float64, not yet synchronised with the host.
+        ``[2, len(tensors)]``, of at least float32, not yet synchronised with the host.
     """
-    dtypes = [torch.promote_types(tensor.dtype, torch.float32) for tensor in tensors]
-    sums = [tensor.sum(dtype=dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
-    norms = [tensor.norm(dtype=dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
-    return torch.stack([number.double() for number in (*sums, *norms)]).reshape(2, -1)
+    dtypes = [tensor.dtype for tensor in tensors]
+    exact = functools.reduce(torch.promote_types, dtypes, torch.float32)
+    sums = [tensor.sum(dtype=exact) for tensor in tensors]
+    norms = [tensor.norm(dtype=exact) for tensor in tensors]
+    return torch.stack([*sums, *norms]).reshape(2, -1)
 
 
 def have_other_sums(tensors: Sequence[Tensor], sums: Tensor | None) -> Tensor:

@@ -83,7 +83,6 @@ def test_forward_mode_keeps_its_history_through_a_bad_product():
 def test_a_loss_that_is_not_finite_leaves_the_run_as_it_would_be(method):
     plain = Bad("loss", at=5, lr=0.1)
     fit(plain, steps=12)
-    callback = METHODS[method](["lr"], hyper_batch_size=2)
     observed = Bad("loss", at=5, lr=0.1)
     callback = METHODS[method](["lr"], hyper_batch_size=2, outer_optimizer=None)
     with pytest.warns(UserWarning, match="gradient is not finite at step 6"):

@@ -263,9 +263,13 @@ def test_own_dataloader_and_several_batches_are_averaged():
     ids=lambda s: next(iter(s)),
 )  # fmt: skip
 def test_trainer_flags_do_no_harm(settings):
-    callback = TRHO(["lr"], hyper_batch_size=2)
-    fit(SmallNet(lr=0.1), callback, steps=4, **settings)
+    plain, observed = SmallNet(lr=0.1), SmallNet(lr=0.1)
+    fit(plain, steps=4, **settings)
+    callback = TRHO(["lr"], hyper_batch_size=2, outer_optimizer=None)
+    fit(observed, callback, steps=4, **settings)
     assert callback.schedule
+    for one, other in zip(plain.parameters(), observed.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_other_trainer_verbs_ignore_the_callback():
