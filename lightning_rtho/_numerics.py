@@ -76,3 +76,20 @@ def sent_to(device: torch.device, tensor: Tensor, dtype: torch.dtype | None = No
         The copy, or the tensor itself where nothing changes.
     """
     return tensor.to(device, dtype or tensor.dtype, non_blocking=device.type == "cuda")
+
+
+def are_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Tell whether tensors are finite, reading each once.
+
+    Args:
+        tensors: The tensors, each ``[*P]``.
+
+    Returns:
+        A boolean ``[]``, not yet synchronised with the host.
+    """
+    if not tensors:
+        return torch.tensor(True)
+    # Hyperparameters that are numbers stand on the host, whatever the weights are on.
+    device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
+    sums = [sent_to(device, tensor.sum(dtype=torch.float32)) for tensor in tensors]
+    return torch.stack(sums).isfinite().all()

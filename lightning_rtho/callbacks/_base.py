@@ -22,7 +22,7 @@ from lightning_rtho.callbacks._checks import (
     check_settings,
     refusals_explained,
 )
-from lightning_rtho.callbacks._company import forget_what_is_given_up
+from lightning_rtho.callbacks._company import forget_what_is_given_up, let_wait
 from lightning_rtho.callbacks._coupling import decoupled_coordinates, learning_rates
 from lightning_rtho.callbacks._curvature import CurvatureSample
 from lightning_rtho.callbacks._diagnostics import Diagnostic, Diagnostics
@@ -147,12 +147,13 @@ class HypergradientCallback(Callback):
         return self.safeguard and self._sign > 0
 
     def _updates(self, trainer: Trainer) -> float:
-        """Return how many outer updates a run makes, if it is not ended early."""
-        steps = trainer.estimated_stepping_batches
-        last = math.inf if steps < 0 else steps  # -1 where the loader's length is not known
+        """Return how many outer updates are left if the run is not ended early; else 0."""
+        last = trainer.estimated_stepping_batches  # -1 where the loader's length is not known
         if self.stop_step is not None:
             last = min(last, self.stop_step)
-        return max(last - self.start_step, 0) / self.hyper_batch_size
+        if math.isinf(last):
+            return 0
+        return max(last - max(self.start_step, trainer.global_step), 0) / self.hyper_batch_size
 
     # Before training
 
@@ -213,8 +214,9 @@ class HypergradientCallback(Callback):
         )
         if self._outer_optimizer is not None:
             hypers = list(self._tuned.values())
-            is_new = self._resumed is None or not self._resumed["schedule"]["updates"]
-            can_climb = is_new and self._can_go_back and not self._run.method.keeps_history
+            # Of a checkpoint without the run nobody knows where its climb stood.
+            is_known = self._resumed is None or "run" in self._resumed
+            can_climb = is_known and self._can_go_back and not self._run.method.keeps_history
             self._descent = HyperparameterDescent(
                 hypers,
                 self._outer_optimizer,
@@ -318,10 +320,15 @@ class HypergradientCallback(Callback):
         if self._run is None:
             return
         self._run.after_batch()
-        update_is_due = self._run.steps >= self._next_update
-        if update_is_due:
+        gives_up = self._safeguard is not None and self._safeguard.has_lost_weights()
+        update_is_due = gives_up or self._run.steps >= self._next_update
+        if gives_up and self._goes_back(trainer, self._run.method, math.nan):
+            self._next_update = self._run.steps + self.hyper_batch_size
+        elif update_is_due:
             self._next_update += self.hyper_batch_size
             self._update(trainer, self._run.method)
+        if self._descent is not None and self._descent.is_climbing:
+            let_wait(trainer)
         if update_is_due or batch_idx == 0:  # Lightning forgets metrics when an epoch begins
             self._show(trainer, pl_module)
 
@@ -339,14 +346,7 @@ class HypergradientCallback(Callback):
         assert self._objective is not None
         outer = self._objective(method.params, method.hypers)
         value, is_finite, safeguard = outer.value.item(), outer.is_finite(), self._safeguard
-
-        def evaluate_again() -> float:
-            assert self._objective is not None
-            return self._objective(method.params, method.hypers, again=True).value.item()
-
-        if safeguard is not None and safeguard.goes_back(value, evaluate_again):
-            unknown = torch.full((method.entries,), math.nan, dtype=torch.float64)
-            self._write_down(trainer, value, unknown, math.nan, "restored")
+        if self._goes_back(trainer, method, value):
             return
         with refusals_explained():
             hypergradient = method.hypergradient(outer)
@@ -363,6 +363,19 @@ class HypergradientCallback(Callback):
         if self._descent is not None:
             self._move(self._descent, method, hypergradient, value)
         self._write_down(trainer, value, hypergradient, sensitivity, None)
+
+    def _goes_back(self, trainer: Trainer, method: AbstractHypergradient, value: float) -> bool:
+        """Go back to an earlier state if the run is lost; write that down."""
+
+        def evaluate_again() -> float:
+            assert self._objective is not None
+            return self._objective(method.params, method.hypers, again=True).value.item()
+
+        if self._safeguard is None or not self._safeguard.goes_back(value, evaluate_again):
+            return False
+        unknown = torch.full((method.entries,), math.nan, dtype=torch.float64)
+        self._write_down(trainer, value, unknown, math.nan, "restored")
+        return True
 
     def _move(
         self,
@@ -561,6 +574,11 @@ class HypergradientCallback(Callback):
             rank_zero_warn(
                 f"{type(self).__name__} made no update in {self._run.steps} followed steps. Lower "
                 f"`hyper_batch_size`, which is {self.hyper_batch_size}."
+            )
+        if self._descent is not None and self._descent.is_climbing:
+            rank_zero_warn(
+                f"The run has ended at step {trainer.global_step}, in its range test: its weights "
+                "are those of rates that were tried. Train for longer, or pass `safeguard=False`."
             )
         self._end(trainer)
 

@@ -83,7 +83,11 @@ class ValidationObjective:
         if metric is not None:
             metric.match(module)
         self._statistics = RunningStatistics(module)
-        source = dataloader if dataloader is not None else _validation_loader(trainer)
+        loaders = _validation_loaders(trainer)
+        source = _only(loaders) if dataloader is None else dataloader
+        # What Lightning's own validation would tell the module of these batches.
+        places = (i for i, loader in enumerate(loaders) if loader is source)
+        self._dataloader_idx = next(places, 0)
         seed = trainer.strategy.broadcast(torch.initial_seed() % 2**63)
         self._stream = CyclingBatches(source, seed, trainer.global_rank, trainer.world_size)
         self._batches = batches
@@ -179,6 +183,8 @@ class ValidationObjective:
             args = [batch]
             if is_param_in_hook_signature(module.validation_step, "batch_idx", min_args=2):
                 args.append(batch_idx)
+            if is_param_in_hook_signature(module.validation_step, "dataloader_idx", min_args=3):
+                args.append(self._dataloader_idx)
             output = trainer.strategy.validation_step(*args)
             step = "validation_step"
         loss = output.get("loss") if isinstance(output, dict) else output
@@ -210,8 +216,8 @@ def _describe(output: Any) -> str:
     return repr(output)
 
 
-def _validation_loader(trainer: Trainer) -> Iterable[Any]:
-    """Return the loader that the trainer validates on, as the user passed or returned it."""
+def _validation_loaders(trainer: Trainer) -> list[Any]:
+    """Return the loaders that the trainer validates on, as the user passed or returned them."""
     # Private: `trainer.val_dataloaders` is None until Lightning's first validation run, and setting
     # it up early would move the random state of a run whose loader hook draws from it.
     source = trainer.fit_loop.epoch_loop.val_loop._data_source
@@ -222,19 +228,24 @@ def _validation_loader(trainer: Trainer) -> Iterable[Any]:
     if isinstance(loaders, CombinedLoader):
         loaders = loaders.flattened
     if isinstance(loaders, dict):
-        loaders = list(loaders.values())
+        return list(loaders.values())
     if isinstance(loaders, (list, tuple)):
-        if len(loaders) > 1:
-            raise MisconfigurationException(
-                f"`dataloader` must say which validation data the outer objective is taken on: "
-                f"the trainer has {len(loaders)} validation loaders. Pass one of them to the "
-                "callback as `dataloader=...`."
-            )
-        loaders = loaders[0] if loaders else None
-    if loaders is None:
+        return list(loaders)
+    return [] if loaders is None else [loaders]
+
+
+def _only(loaders: Sequence[Any]) -> Iterable[Any]:
+    """Return the one validation loader that there is."""
+    if len(loaders) > 1:
+        raise MisconfigurationException(
+            f"`dataloader` must say which validation data the outer objective is taken on: "
+            f"the trainer has {len(loaders)} validation loaders. Pass one of them to the "
+            "callback as `dataloader=...`."
+        )
+    if not loaders:
         raise MisconfigurationException(
             "The outer objective needs validation data, got none. Pass `val_dataloaders` to "
             "`trainer.fit`, define `val_dataloader`, or give the callback `dataloader=...`."
         )
-    found: Iterable[Any] = loaders
+    found: Iterable[Any] = loaders[0]
     return found

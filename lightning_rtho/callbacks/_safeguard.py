@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lightning_rtho._numerics import are_finite
 from lightning_rtho.callbacks._coupling import learning_rates
 from lightning_rtho.callbacks._snapshot import (
     distance_from,
@@ -114,11 +115,23 @@ class Safeguard:
         if not self._descent.is_climbing:  # which may go on for longer than the trial
             self._backtracking.go_on()
 
+    def has_lost_weights(self) -> bool:
+        """Tell whether weights have become infinite or NaN on a climb.
+
+        Then the run is lost, and the user's code need not stand them.
+
+        Returns:
+            Whether they have; off the climb nobody looks, since that would wait for the device.
+        """
+        if not (self.has_begun and self._descent.is_climbing):
+            return False
+        return not bool(are_finite([param.detach() for param in self._method.params]))
+
     def goes_back(self, value: float, evaluate_again: Callable[[], float]) -> bool:
         """Go back to the best state, with a lower learning rate, if the run is lost.
 
         Args:
-            value: Outer objective of the present state.
+            value: Outer objective of the present state; NaN where it need not be known.
             evaluate_again: Gives that of the weights that stand in the module, on the same data.
 
         Returns:
@@ -141,14 +154,16 @@ class Safeguard:
     def _retreat(self, what: str) -> None:
         """Take the values of the best state, which has been restored, with a tenth of the rate.
 
-        A rate that has climbed is taken as it is, others not above that of the best state.
+        A rate that has climbed is taken as it is, also in the trial after that: the start's says
+        nothing. Others are not taken above that of the best state.
         """
         is_climbing, has_climbed = self._descent.is_climbing, False
+        as_it_is = is_climbing or (self._descent.has_climbed and self._backtracking.trial > 0)
         for hyper, best in zip(self._hypers, self._best_values, strict=True):
             if not any(hyper is rate for rate in self._rates):
                 hyper.assign(best)
-            elif is_climbing:
-                has_climbed |= bool((hyper.plain > best).any())
+            elif as_it_is:
+                has_climbed |= is_climbing and bool((hyper.plain > best).any())
             else:
                 hyper.assign(hyper.plain.minimum(best))
         self._begin_anew(_RETREAT)

@@ -54,7 +54,7 @@ def select_hyperparameters(
                     f"there are {len(optimizers)} optimizers that it could be a setting of. "
                     "Declare a `Hyperparameter` and hand it to the one you mean."
                 )
-            found.update(_place(name, domain, optimizers[0], list(declared)))
+            found.update(_place(name, domain, optimizers[0], declared))
         elif domain is None or domain == declared[name].domain:
             found[name] = declared[name]
         else:
@@ -66,7 +66,10 @@ def select_hyperparameters(
 
 
 def _place(
-    name: str, domain: Domain | None, optimizer: Optimizer, declared: Sequence[str]
+    name: str,
+    domain: Domain | None,
+    optimizer: Optimizer,
+    declared: Mapping[str, Hyperparameter],
 ) -> dict[str, Hyperparameter]:
     """Turn one setting of every parameter group into a hyperparameter."""
     rule_class = rule_class_for(optimizer)
@@ -81,9 +84,10 @@ def _place(
         full_name = name if len(optimizer.param_groups) == 1 else f"{name}/pg{number}"
         present = get_setting(group, name)
         if isinstance(present, Hyperparameter):
+            own = next((n for n, hyper in declared.items() if hyper is present), "its attribute")
             raise ValueError(
                 f"`hyperparameters` names {name!r}, but the module has already put {present!r} "
-                "there. Name that one by its attribute."
+                f"there. Name that one: {own}."
             )
         # Under a schedule the base is tuned; the rate of the day stays where it stands.
         base = group.get("initial_lr", present) if name == "lr" else present

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lightning_rtho._numerics import differ, sent_to
+from lightning_rtho._numerics import are_finite, differ
 from lightning_rtho.distributed import is_distributed, mean_over_ranks
 from lightning_rtho.dynamics import Transition, UpdateRule
 from lightning_rtho.hypergradient._fingerprint import fingerprint, have_other_sums
@@ -24,7 +24,6 @@ __all__ = [
     "Recollection",
     "Replay",
     "add",
-    "are_finite",
     "edited",
 ]
 
@@ -297,23 +296,6 @@ def add(total: Tensor | None, part: Tensor | None) -> Tensor | None:
     if total is None or part is None:
         return part if total is None else total
     return total + part
-
-
-def are_finite(tensors: Sequence[Tensor]) -> Tensor:
-    """Tell whether tensors are finite, reading each once.
-
-    Args:
-        tensors: The tensors, each ``[*P]``.
-
-    Returns:
-        A boolean ``[]``, not yet synchronised with the host.
-    """
-    if not tensors:
-        return torch.tensor(True)
-    # Hyperparameters that are numbers stand on the host, whatever the weights are on.
-    device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
-    sums = [sent_to(device, tensor.sum(dtype=torch.float32)) for tensor in tensors]
-    return torch.stack(sums).isfinite().all()
 
 
 def edited(step: OptimizerStep, traced: Sequence[Tensor | None]) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from lightning_rtho._numerics import are_finite
 from lightning_rtho._types import Hypers, StateTangent
 from lightning_rtho.distributed import mean_over_ranks
 from lightning_rtho.dynamics import Transition
@@ -18,7 +19,6 @@ from lightning_rtho.hypergradient._base import (
     Recollection,
     Replay,
     add,
-    are_finite,
     edited,
 )
 from lightning_rtho.linearization import (

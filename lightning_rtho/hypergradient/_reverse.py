@@ -6,6 +6,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from lightning_rtho._numerics import are_finite
 from lightning_rtho._types import StateCotangent
 from lightning_rtho.distributed import is_distributed, mean_over_ranks
 from lightning_rtho.hypergradient._arena import Arena
@@ -17,7 +18,6 @@ from lightning_rtho.hypergradient._base import (
     Recollection,
     Replay,
     add,
-    are_finite,
     edited,
 )
 from lightning_rtho.hypergradient._tape import RecordedStep, Tape

@@ -14,8 +14,8 @@ def declared_hyperparameters(module: nn.Module) -> dict[str, Hyperparameter]:
     """Find every `Hyperparameter` that the module or a submodule holds as an attribute.
 
     Lists, tuples and dicts of hyperparameters are entered, unless their name begins with an
-    underscore, as that of Lightning's copy of the constructor's arguments does. One that stands
-    in several places is named after the first.
+    underscore. One that stands in several places is named after the first. Last come those that
+    stand only in what Lightning's ``save_hyperparameters`` has kept, as ``hparams.lr``.
 
     Args:
         module: The module.
@@ -30,17 +30,24 @@ def declared_hyperparameters(module: nn.Module) -> dict[str, Hyperparameter]:
         >>> list(declared_hyperparameters(module))
         ['rates.0', 'rates.1']
     """
+    attributes = [
+        (prefix, {k: v for k, v in vars(submodule).items() if _is_public(k, v)})
+        for prefix, submodule in module.named_modules()
+    ]
+    arguments = [
+        (prefix, {"hparams": vars(submodule).get("_hparams")})
+        for prefix, submodule in module.named_modules()
+    ]
     found: dict[str, Hyperparameter] = {}
-    for prefix, submodule in module.named_modules():
-        attributes = {
-            name: value
-            for name, value in vars(submodule).items()
-            if isinstance(value, Hyperparameter) or not name.startswith("_")
-        }
-        for name, hyperparameter in _walk(attributes, prefix):
+    for prefix, tree in (*attributes, *arguments):
+        for name, hyperparameter in _walk(tree, prefix):
             if not any(hyperparameter is known for known in found.values()):
                 found[name] = hyperparameter
     return found
+
+
+def _is_public(name: str, value: Any) -> bool:
+    return isinstance(value, Hyperparameter) or not name.startswith("_")
 
 
 def load_hyperparameters(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:

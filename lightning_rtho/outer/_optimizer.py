@@ -82,6 +82,11 @@ class HyperparameterDescent:
         """Whether learning rates go up whatever the hypergradient says."""
         return bool(self._ramped) and self._ramp.is_climbing
 
+    @property
+    def has_climbed(self) -> bool:
+        """Whether learning rates went up so, now or before."""
+        return self._ramp.has_climbed
+
     def end_climb(self) -> None:
         """Let learning rates move as the optimizer says from now on: they are as high as can be."""
         self._ramp.end_climb()
@@ -99,7 +104,20 @@ class HyperparameterDescent:
 
         Args:
             state: The state.
+
+        Raises:
+            ValueError: If it is that of another optimizer.
         """
+        settings, saved = (
+            optimizer["param_groups"][0].keys()
+            for optimizer in (self.optimizer.state_dict(), state["optimizer"])
+        )
+        if settings != saved:
+            raise ValueError(
+                "`outer_optimizer` must be the one that the checkpoint was written with, got a "
+                f"{type(self.optimizer).__name__} with other settings. Pass the same, or begin "
+                "without `ckpt_path`."
+            )
         with torch.no_grad():
             for raw, value in zip(self.raw, state["raw"], strict=True):
                 raw.copy_(value)

@@ -43,6 +43,7 @@ class Ramp:
 
     Attributes:
         climbs: Updates of the climb that are left.
+        has_climbed: Whether there was one.
         is_over: Whether steps have their ordinary length from now on, after a climb.
 
     Example:
@@ -60,7 +61,7 @@ class Ramp:
 
     def __init__(self, updates: float = 0) -> None:
         self.climbs = int(min(updates / _SHARE, _CLIMB))
-        self.is_over = False
+        self.has_climbed = self.is_over = False
 
     @property
     def is_climbing(self) -> bool:
@@ -77,7 +78,7 @@ class Ramp:
         Returns:
             The way in raw units, from 1 to 10.
         """
-        self.climbs -= 1
+        self.climbs, self.has_climbed = self.climbs - 1, True
         negligible = _NEGLIGIBLE * abs(value)
         if not 0 < change < negligible < math.inf:
             return 1.0
@@ -101,13 +102,18 @@ class Ramp:
         return 1.0 if self.is_over else _STRETCH
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is left of the climb, and whether all is over."""
-        return {"climbs": self.climbs, "is_over": self.is_over}
+        """Return what is left of the climb, and whether there was one and all is over."""
+        return {
+            "climbs": self.climbs,
+            "has_climbed": self.has_climbed,
+            "is_over": self.is_over,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned.
 
         Args:
-            state: The state.
+            state: The state; a climb does not go on where this run has none.
         """
-        self.climbs, self.is_over = state["climbs"], state["is_over"]
+        self.climbs = min(self.climbs, state["climbs"])
+        self.has_climbed, self.is_over = state["has_climbed"], state["is_over"]
