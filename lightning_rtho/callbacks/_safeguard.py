@@ -12,6 +12,7 @@ from lightning_rtho._numerics import are_finite
 from lightning_rtho.callbacks._coupling import learning_rates
 from lightning_rtho.callbacks._snapshot import (
     distance_from,
+    drop_what_stands_still,
     move_snapshot,
     restore_snapshot,
     take_snapshot,
@@ -82,6 +83,7 @@ class Safeguard:
         self._backtracking = Backtracking()
         self._best: dict[str, Any] = {}
         self._best_values: list[Tensor] = []
+        self._moving: set[str] | None = None  # weights that are moved, but by no optimizer
         self.best_step = 0
         self.counts = {"lowered": 0, "restored": 0}
         self._warned: set[str] = set()
@@ -108,6 +110,8 @@ class Safeguard:
         Args:
             value: Its outer objective.
         """
+        if self.has_begun and self._moving is None:
+            self._moving = drop_what_stands_still(self._best, self._module, self._method.params)
         if not self.has_begun:
             self.begin(value)
         elif self._has_grown() or self._backtracking.is_worth_keeping(value):
@@ -115,15 +119,21 @@ class Safeguard:
         if not self._descent.is_climbing:  # which may go on for longer than the trial
             self._backtracking.go_on()
 
+    @property
+    def _is_trying(self) -> bool:
+        """Whether rates climb, or are on trial after that."""
+        descent, trial = self._descent, self._backtracking.trial
+        return descent.is_climbing or (descent.has_climbed and trial > 0)
+
     def has_lost_weights(self) -> bool:
-        """Tell whether weights have become infinite or NaN on a climb.
+        """Tell whether weights have become infinite or NaN on a climb or in the trial after it.
 
         Then the run is lost, and the user's code need not stand them.
 
         Returns:
-            Whether they have; off the climb nobody looks, since that would wait for the device.
+            Whether they have; later nobody looks, since that would wait for the device.
         """
-        if not (self.has_begun and self._descent.is_climbing):
+        if not self.has_begun or not self._is_trying:
             return False
         return not bool(are_finite([param.detach() for param in self._method.params]))
 
@@ -158,11 +168,10 @@ class Safeguard:
         nothing. Others are not taken above that of the best state.
         """
         is_climbing, has_climbed = self._descent.is_climbing, False
-        as_it_is = is_climbing or (self._descent.has_climbed and self._backtracking.trial > 0)
         for hyper, best in zip(self._hypers, self._best_values, strict=True):
             if not any(hyper is rate for rate in self._rates):
                 hyper.assign(best)
-            elif as_it_is:
+            elif self._is_trying:
                 has_climbed |= is_climbing and bool((hyper.plain > best).any())
             else:
                 hyper.assign(hyper.plain.minimum(best))
@@ -241,7 +250,7 @@ class Safeguard:
         self._best_values = [hyper.plain.clone() for hyper in self._hypers]
 
     def _copy(self) -> dict[str, Any]:
-        return take_snapshot(self._module, self._method.params, self._optimizers)
+        return take_snapshot(self._module, self._method.params, self._optimizers, self._moving)
 
     def _restore(self, snapshot: dict[str, Any]) -> None:
         restore_snapshot(snapshot, self._module, self._method.params, self._optimizers)
@@ -253,6 +262,7 @@ class Safeguard:
             "best": self._best,
             "best_values": self._best_values,
             "best_step": self.best_step,
+            "moving": None if self._moving is None else sorted(self._moving),
             "counts": self.counts,
         }
 
@@ -269,4 +279,5 @@ class Safeguard:
             for value, hyper in zip(state["best_values"], self._hypers, strict=False)  # or none
         ]
         self.best_step = state["best_step"]
+        self._moving = None if state["moving"] is None else set(state["moving"])
         self.counts = state["counts"]

@@ -1,6 +1,6 @@
 """Copies of a training state, to go back to."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from lightning_rtho.optim import DifferentiableOptimizer
 
 __all__ = [
     "distance_from",
+    "drop_what_stands_still",
     "move_snapshot",
     "read_derivative_buffers",
     "restore_snapshot",
@@ -25,13 +26,18 @@ def take_snapshot(
     module: LightningModule,
     params: Sequence[Tensor],
     optimizers: Sequence[DifferentiableOptimizer],
+    others: Collection[str] | None = None,
 ) -> dict[str, Any]:
     """Copy what training steps change: weights, optimizer state and buffers.
+
+    Weights that no optimizer trains may change, too, as those of a mean teacher do. They are kept
+    on the host, where there is room for a model that is frozen for the most part.
 
     Args:
         module: The module.
         params: Its trained weights, each ``[*P]``.
         optimizers: Their optimizers.
+        others: Names of other weights to copy; None for all.
 
     Returns:
         Tensors, numbers, lists and dicts.
@@ -41,6 +47,11 @@ def take_snapshot(
         "states": [_copy(_state_of(param, optimizers)) for param in params],
         "derivative_buffers": [_copy(b) for b in read_derivative_buffers(params, optimizers)],
         "buffers": {name: buffers[key].clone() for name, buffers, key in _buffers(module)},
+        "others": {
+            name: other.detach().to("cpu", copy=True)
+            for name, other in _others(module, params)
+            if others is None or name in others
+        },
     }
 
 
@@ -70,9 +81,32 @@ def restore_snapshot(
                         del optimizer.state[param]
         buffers_of = [_copy(buffers) for buffers in snapshot["derivative_buffers"]]
         write_derivative_buffers(buffers_of, params, optimizers)
+        for name, other in _others(module, params):
+            if name in snapshot["others"]:
+                other.copy_(snapshot["others"][name])
         for name, buffers, key in _buffers(module):
             if name in snapshot["buffers"]:
                 _write(buffers, {key: snapshot["buffers"][name]}, whole=False)
+
+
+def drop_what_stands_still(
+    snapshot: dict[str, Any], module: LightningModule, params: Sequence[Tensor]
+) -> set[str]:
+    """Drop weights that no optimizer trains from a copy, where they are what they were.
+
+    Args:
+        snapshot: The copy, taken some steps before.
+        module: The module.
+        params: Its trained weights, each ``[*P]``.
+
+    Returns:
+        Names of those that are left: something moves them.
+    """
+    kept = snapshot["others"]
+    for name, other in _others(module, params):
+        if name in kept and torch.equal(kept[name], other.detach().cpu()):
+            del kept[name]
+    return set(kept)
 
 
 def read_derivative_buffers(
@@ -182,6 +216,14 @@ def _write(place: dict[str, Any], values: dict[str, Any], whole: bool = True) ->
             present.copy_(value)
         else:
             place[key] = value.clone()
+
+
+def _others(module: nn.Module, params: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights that no optimizer trains, with their names."""
+    trained = set(params)
+    for name, param in module.named_parameters():
+        if param not in trained:
+            yield name, param
 
 
 def _buffers(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:

@@ -43,7 +43,7 @@ class Ramp:
 
     Attributes:
         climbs: Updates of the climb that are left.
-        has_climbed: Whether there was one.
+        has_climbed: Whether it has begun, or ended.
         is_over: Whether steps have their ordinary length from now on, after a climb.
 
     Example:
@@ -86,7 +86,7 @@ class Ramp:
 
     def end_climb(self) -> None:
         """Go on by ordinary steps: the run was lost, or there is no room above."""
-        self.climbs, self.is_over = 0, True
+        self.climbs, self.has_climbed, self.is_over = 0, True, True
 
     def stretch(self, change: float, value: float) -> float:
         """Return the factor of the coming step.

@@ -1,5 +1,9 @@
 """What runs in isolation leaves the module as it was."""
 
+from collections import deque
+from typing import Any
+
+import numpy as np
 import torch
 import torchmetrics
 from torch import nn
@@ -44,6 +48,57 @@ def test_every_kind_of_attribute_is_put_back():
     assert module[0].training
     assert module.rate is rate
     assert not hasattr(module, "new")
+
+
+class Meter:
+    """Sums up what it is given, as many a training script's own."""
+
+    def __init__(self) -> None:
+        self.total, self.values = 0.0, [1.0]
+
+    def __call__(self, value: float) -> None:
+        self.total += value
+        self.values.append(value)
+
+
+class Collecting(nn.Module):
+    """Keeps what its steps have given in places that torch knows nothing of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nested = {"val": [1.0], "deep": ({"seen": {1.0}},)}
+        self.meter = Meter()
+        self.recent = deque([1.0], maxlen=3)
+        self.counts = np.zeros(2)
+        self.metrics = {"mean": torchmetrics.MeanMetric(), "all": [torchmetrics.CatMetric()]}
+
+    def collect(self, value: float) -> None:
+        self.nested["val"].append(value)
+        self.nested["deep"][0]["seen"].add(value)
+        self.meter(value)
+        self.recent.append(value)
+        self.counts[0] += value
+        self.metrics["mean"].update(value)
+        self.metrics["all"][0].update(value)
+
+    def collected(self) -> list[Any]:
+        (all_,) = self.metrics["all"]
+        return [
+            *(list(self.nested["val"]), set(self.nested["deep"][0]["seen"]), list(self.recent)),
+            *(self.meter.total, list(self.meter.values), self.counts.tolist()),
+            *(self.metrics["mean"].compute().item(), torch.as_tensor(all_.compute()).tolist()),
+        ]
+
+
+def test_what_lies_deeper_is_put_back():
+    module = Collecting()
+    module.collect(2.0)
+    before = module.collected()
+    with _preserved(module):
+        module.collect(3.0)
+        during = module.collected()
+    assert all(one != other for one, other in zip(before, during, strict=True))
+    assert module.collected() == before
 
 
 def test_data_held_by_a_module_is_not_copied():

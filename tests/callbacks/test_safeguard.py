@@ -1,5 +1,6 @@
 """Runs that are chaotic or lost: what the callback does with them, and that it does no harm."""
 
+import copy
 import csv
 import itertools
 import math
@@ -9,6 +10,7 @@ import lightning as L
 import pytest
 import torch
 import torchmetrics
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn, optim
 from torch.utils.data import DataLoader, IterableDataset
@@ -175,10 +177,10 @@ class Regressor(SmallNet):
         return self.net(x)
 
 
-def climbing_run(*others, callback=None, steps=120, lr=1e-3):
+def climbing_run(*others, callback=None, steps=120, lr=1e-3, **settings):
     callback = callback or TRHO(["lr", "momentum"], hyper_batch_size=2)
     module = Regressor(optim.SGD, lr=lr, momentum=0.5)
-    trainer = fit(module, callback, *others, steps=steps)
+    trainer = fit(module, callback, *others, steps=steps, **settings)
     return module, callback, trainer
 
 
@@ -278,18 +280,118 @@ def test_a_climb_that_loses_nothing_ends_after_a_quarter_of_the_run():
     assert values[4:] == [values[4]] * 13
 
 
-@pytest.mark.parametrize("max_epochs", [-1, 5])
-def test_a_run_of_unknown_length_climbs_too(max_epochs):
-    class Stream(IterableDataset):
-        def __iter__(self):
-            yield from loader(TRAIN_SIZE, seed=1, batch_size=4).dataset
+class Stream(IterableDataset):
+    """Data whose length nobody knows."""
 
+    def __iter__(self):
+        yield from loader(TRAIN_SIZE, seed=1, batch_size=4).dataset
+
+
+@pytest.mark.parametrize("max_epochs", [-1, 5])
+def test_a_run_of_unknown_length_does_not_climb(max_epochs):
     callback = TRHO(["lr"], hyper_batch_size=2)
     stream = DataLoader(Stream(), batch_size=4)
-    module = SmallNet(optim.SGD, lr=0.01)
-    fit(module, StopAfter(6), callback, steps=-1, train=stream, max_epochs=max_epochs)
+    module = SmallNet(optim.SGD, lr=0.1)
+    fit(module, StopAfter(20), callback, steps=-1, train=stream, max_epochs=max_epochs)
     for before, after in itertools.pairwise(rates(callback)):
-        assert after / before == pytest.approx(math.e, rel=1e-5)
+        assert after / before < 1.5
+
+
+def test_a_run_that_ends_on_its_climb_says_so():
+    with pytest.warns(UserWarning, match="has ended at step 6, in its range test"):
+        climbing_run(StopAfter(6))
+
+
+def test_a_run_that_is_lost_just_after_its_climb_keeps_what_that_has_found():
+    """The climb ends with its share of the run; the rate of the start says nothing."""
+    make = lambda: TRHO(["lr"], hyper_batch_size=2)
+    _, callback, _ = climbing_run(callback=make())
+    lost = actions(callback).index("restored")
+    with pytest.warns(UserWarning, match="went back to its best state"):  # not on the climb
+        _, callback, _ = climbing_run(callback=make(), steps=4 * 2 * lost)
+    values = rates(callback)
+    assert actions(callback).index("restored") == lost
+    assert values[lost + 1] == pytest.approx(values[lost] / 10, rel=1e-6)
+    assert values[lost] > 10 * 1e-3
+
+
+class Fragile(SmallNet):
+    """Does not stand weights that are not finite."""
+
+    def training_step(self, batch, batch_idx):
+        self.stand()
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        self.stand()
+        return super().validation_step(batch, batch_idx)
+
+    def stand(self):
+        if not all(param.isfinite().all() for param in self.parameters()):
+            raise ValueError("weights are not finite")
+
+
+def test_a_climb_ends_before_the_users_code_meets_weights_that_are_not_finite():
+    callback = TRHO(["lr"], hyper_batch_size=200)
+    body = lambda: nn.Linear(FEATURES, 1)
+    module = Fragile(optim.SGD, body=body, lr=1e4)
+    with pytest.warns(UserWarning, match="went back to its best state"):
+        fit(module, callback, steps=1600)
+    steps = [0, *(update.step for update in callback.schedule)]
+    windows = [after - before for before, after in itertools.pairwise(steps)]
+    early = [n for n, window in enumerate(windows) if window < 200]
+    assert len(early) >= 2  # on the climb, and on trial after it
+    values = rates(callback)
+    for n in early:
+        assert math.isnan(callback.schedule[n].outer_objective)
+        assert values[n + 1] == pytest.approx(values[n] / 10, rel=1e-6)
+    assert windows[-1] == 200  # whole from there
+    assert all(bool(param.isfinite().all()) for param in module.parameters())
+
+
+@pytest.mark.parametrize("patience", [1, 3])
+def test_early_stopping_waits_for_the_end_of_a_climb(patience):
+    """It begins with the validation after that, whatever the lost run has reached."""
+    seen = []
+
+    class Watching(EarlyStopping):
+        def on_validation_end(self, trainer, pl_module):
+            super().on_validation_end(trainer, pl_module)
+            seen.append((trainer.global_step, self.wait_count, self.best_score.item()))
+
+    stopping = Watching("val_loss", patience=patience, check_finite=False)
+    settings = {"val_check_interval": 1, "check_val_every_n_epoch": None}
+    _, callback, trainer = climbing_run(stopping, **settings)
+    lost = callback.schedule[actions(callback).index("restored")].step
+    assert trainer.global_step > lost
+    assert all(wait <= 0 for step, wait, _ in seen if step < lost)
+    after = [(step, best) for step, _, best in seen if step >= lost]
+    assert after[0][0] == lost
+    assert after[0][1] == trainer.callback_metrics["val_loss"].item() or len(after) > 1
+
+
+def test_weights_that_no_optimizer_trains_go_back_too():
+    class Teaching(SmallNet):
+        """Its teacher follows its weights; another part stands still."""
+
+        def __init__(self):
+            super().__init__(optim.SGD, lr=1e6)
+            self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+            self.still = nn.Linear(2, 2).requires_grad_(False)
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            for own, followed in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+                own.lerp_(followed.detach(), 0.01)
+
+    callback = RTHO(["lr"], hyper_batch_size=2)
+    module = Teaching()
+    with pytest.warns(UserWarning, match="went back to its best state"):
+        fit(module, callback, steps=40)
+    assert actions(callback)[-1] is None
+    own, followed = (
+        nn.utils.parameters_to_vector(net.parameters()) for net in (module.teacher, module.net)
+    )
+    assert (own - followed).norm() < 10 * followed.norm()  # far from 1e6
 
 
 # Runs that set out too fast

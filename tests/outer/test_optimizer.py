@@ -193,11 +193,19 @@ def test_a_descent_that_is_resumed_goes_on_as_it_was():
         for change in (1e-4, 1e-4, 1e-4, 1.0, 1e-4, 1e-4):
             if is_resumed:
                 state = descent.state_dict()
-                descent = HyperparameterDescent([hyper], adam, ramped=[0])
+                descent = HyperparameterDescent([hyper], adam, ramped=[0], ramp=Ramp(updates=8))
                 descent.load_state_dict(state)
             descent.step(-change / hyper.plain.reshape(1), objective=1.0)
         values.append(hyper.item())
     assert values[0] == values[1]
+
+
+def test_the_state_of_another_optimizer_is_refused():
+    hyper = Hyperparameter(1.0, Positive())
+    state = HyperparameterDescent([hyper], adam).state_dict()
+    other = HyperparameterDescent([hyper], lambda raw: torch.optim.SGD(raw, lr=0.1))
+    with pytest.raises(ValueError, match="`outer_optimizer` must be the one that the checkpoint"):
+        other.load_state_dict(state)
 
 
 def test_the_default_follows_a_trend_in_noise_and_not_the_noise():

@@ -81,7 +81,15 @@ def test_after_a_climb_that_was_ended_steps_are_ordinary():
 
 
 def test_a_climb_that_is_resumed_goes_on_as_it_was():
-    ramp, other = Ramp(updates=50), Ramp(updates=0)
+    ramp, other = Ramp(updates=50), Ramp(updates=49)
     ramp.climb(0.5, 1.0)
     other.load_state_dict(ramp.state_dict())
     assert other.climbs == 11
+    assert other.has_climbed
+
+
+def test_a_climb_is_not_resumed_where_the_run_cannot_be_taken_back():
+    ramp, other = Ramp(updates=50), Ramp()
+    ramp.climb(0.5, 1.0)
+    other.load_state_dict(ramp.state_dict())
+    assert not other.is_climbing
