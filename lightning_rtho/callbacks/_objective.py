@@ -1,6 +1,7 @@
 """The outer objective of a Lightning module: a loss or a metric on batches of our own."""
 
-from collections.abc import Callable, Iterable, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import starmap
 from typing import Any
@@ -89,6 +90,8 @@ class ValidationObjective:
         places = (i for i, loader in enumerate(loaders) if loader is source)
         self._dataloader_idx = next(places, 0)
         seed = trainer.strategy.broadcast(torch.initial_seed() % 2**63)
+        if isinstance(source, CombinedLoader):
+            source = _Joint(source)
         self._stream = CyclingBatches(source, seed, trainer.global_rank, trainer.world_size)
         self._batches = batches
         self._seen: list[Any] = []
@@ -216,6 +219,21 @@ def _describe(output: Any) -> str:
     return repr(output)
 
 
+class _Joint:
+    """Batches that several loaders make together, by an iterator of their own.
+
+    Args:
+        loader: The loader, which Lightning may be iterating, too.
+    """
+
+    def __init__(self, loader: CombinedLoader) -> None:
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch, *_ in copy.copy(self._loader):
+            yield batch
+
+
 def _validation_loaders(trainer: Trainer) -> list[Any]:
     """Return the loaders that the trainer validates on, as the user passed or returned them."""
     # Private: `trainer.val_dataloaders` is None until Lightning's first validation run, and setting
@@ -225,7 +243,8 @@ def _validation_loaders(trainer: Trainer) -> list[Any]:
     if source.instance is not None and source.is_defined() and trainer.limit_val_batches != 0:
         with isolate_rng():
             loaders = source.dataloader()
-    if isinstance(loaders, CombinedLoader):
+    # Private: a `CombinedLoader` says in no other way whether its loaders take turns.
+    if isinstance(loaders, CombinedLoader) and loaders._mode == "sequential":
         loaders = loaders.flattened
     if isinstance(loaders, dict):
         return list(loaders.values())

@@ -63,8 +63,8 @@ class CyclingBatches:
                 self._taken += 1
                 return batch
         raise ValueError(
-            "`dataloader` must give at least one validation batch, got an empty one. Check its "
-            "dataset, `batch_size` and `drop_last`."
+            "`dataloader` must give at least one validation batch each time, got an empty one. "
+            "Check its dataset, `batch_size` and `drop_last`; a generator can be read only once."
         )
 
     def _begin_cycle(self) -> None:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
@@ -104,8 +105,11 @@ def test_one_of_several_validation_loaders_is_to_be_chosen(data):
     twice = DataLoader(TensorDataset(*(2 * x for x in val.dataset.tensors)), batch_size=VAL_SIZE)
 
     class Several(SmallNet):
-        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        def validation_step(self, batch, batch_idx, dataloader_idx):
+            told.append(dataloader_idx)
             return super().validation_step(batch, batch_idx)
+
+    told: list[int] = []
 
     def chosen(**settings: Any) -> Tensor:
         callback = RTHO(["lr"], hyper_batch_size=4, outer_optimizer=None, **settings)
@@ -117,4 +121,30 @@ def test_one_of_several_validation_loaders_is_to_be_chosen(data):
     alone = RTHO(["lr"], hyper_batch_size=4, outer_optimizer=None)
     fit(SmallNet(lr=0.1), alone, steps=4, train=train, val=twice)
     torch.testing.assert_close(chosen(dataloader=twice), alone.hypergradients["lr"])
-    assert chosen(dataloader=val) != chosen(dataloader=twice)
+    told.clear()
+    found = chosen(dataloader=val)
+    assert set(told) == {0}
+    told.clear()
+    assert chosen(dataloader=twice) != found
+    assert set(told) == {1}
+
+
+@pytest.mark.parametrize("is_given", [True, False])
+def test_batches_that_several_loaders_make_together(is_given, data):
+    train, val = (DataLoader(part, batch_size=VAL_SIZE) for part in data)
+    both = CombinedLoader({"a": val, "b": val}, "min_size")
+
+    class Both(SmallNet):
+        def validation_step(self, batch, batch_idx):
+            first, second = (super(Both, self).validation_step(batch[k], 0) for k in ("a", "b"))
+            return (first + second) / 2
+
+    settings = {"dataloader": both} if is_given else {}
+    callback = RTHO(["lr"], hyper_batch_size=4, outer_optimizer=None, **settings)
+    fit(Both(lr=0.1), callback, steps=8, train=train, val=both, check_val_every_n_epoch=1)
+    alone = RTHO(["lr"], hyper_batch_size=4, outer_optimizer=None)
+    fit(SmallNet(lr=0.1), alone, steps=8, train=train, val=val)
+    # Rows of a batch are shuffled: sums in another order.
+    torch.testing.assert_close(
+        callback.hypergradients["lr"], alone.hypergradients["lr"], rtol=1e-12, atol=0
+    )

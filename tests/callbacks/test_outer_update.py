@@ -288,6 +288,33 @@ def test_run_too_short_for_an_update_says_so():
         fit(SmallNet(lr=0.1), RTHO(["lr"], hyper_batch_size=10), steps=3)
 
 
+class Arguments(SmallNet):
+    """Keeps its hyperparameters where `save_hyperparameters` does, and nowhere else."""
+
+    def __init__(self, lr: Any, l2: Any) -> None:
+        super().__init__(optim.SGD)
+        self.save_hyperparameters()
+        del self.l2
+
+    def __getattr__(self, name: str) -> Any:
+        return self.hparams["l2"] if name == "l2" else super().__getattr__(name)
+
+    def configure_optimizers(self):
+        return optim.SGD(self.net.parameters(), lr=self.hparams.lr)
+
+
+def test_hyperparameters_that_stand_in_hparams_alone_are_found():
+    make = lambda: Arguments(Hyperparameter(0.1, Positive()), Hyperparameter(0.01, Positive()))
+    callback = RTHO(hyper_batch_size=2)
+    fit(make(), callback, steps=4)
+    assert set(callback.hyperparameters) == {"hparams.lr", "hparams.l2"}
+    start = callback.schedule.start
+    assert all(value != start[name] for name, value in callback.hyperparameters.items())
+    with pytest.raises(ValueError, match=r"Name that one: hparams\.lr"):
+        fit(make(), RTHO(["lr"]), steps=1)
+    fit(make(), RTHO(["hparams.lr"]), steps=1)
+
+
 class LogsThem(SmallNet):
     """Takes one as an argument, keeps a record of its arguments, logs them everywhere."""
 
