@@ -2,10 +2,10 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -27,13 +27,15 @@ from lightning_rtho.callbacks._coupling import decoupled_coordinates, learning_r
 from lightning_rtho.callbacks._curvature import CurvatureSample
 from lightning_rtho.callbacks._diagnostics import Diagnostic, Diagnostics
 from lightning_rtho.callbacks._metric import MetricObjective
+from lightning_rtho.callbacks._metrics import log_metrics, metrics_of
 from lightning_rtho.callbacks._objective import ValidationObjective, check_outer_steps
+from lightning_rtho.callbacks._outer_loop import Outcome, OuterLoop
 from lightning_rtho.callbacks._random import read_random_state, write_random_state
 from lightning_rtho.callbacks._run import FollowedRun, schedulers_of
 from lightning_rtho.callbacks._safeguard import Safeguard
 from lightning_rtho.callbacks._selection import Selection, select_hyperparameters
 from lightning_rtho.callbacks._summary import Plan, summary_of
-from lightning_rtho.hypergradient import AbstractHypergradient, Fault
+from lightning_rtho.hypergradient import AbstractHypergradient
 from lightning_rtho.hyperparameters import Hyperparameter
 from lightning_rtho.optim import DifferentiableOptimizer
 from lightning_rtho.outer import (
@@ -41,7 +43,6 @@ from lightning_rtho.outer import (
     OuterOptimizerCallable,
     Ramp,
     adam,
-    relative_slopes,
 )
 from lightning_rtho.schedule import OuterUpdate, Schedule
 
@@ -104,17 +105,11 @@ class HypergradientCallback(Callback):
         self._outer_batches = outer_batches
         self._metric = None if objective is None else MetricObjective(objective)
         self._tuned: dict[str, Hyperparameter] = {}
-        self._run: FollowedRun | None = None
-        self._objective: ValidationObjective | None = None
-        self._descent: HyperparameterDescent | None = None
-        self._sample: CurvatureSample | None = None
-        self._safeguard: Safeguard | None = None
+        self._loop: OuterLoop | None = None
         self._bar: ReadableBar | None = None
-        self._next_update = hyper_batch_size
         self._resumed: dict[str, Any] | None = None
         self._ended: dict[str, Any] | None = None
         self._random_state: dict[str, Any] | None = None
-        self._nonfinite_steps = 0
 
     @abstractmethod
     def _make_hypergradient(
@@ -203,44 +198,52 @@ class HypergradientCallback(Callback):
             start=self.hyperparameters,
             domains={name: repr(hyper.domain) for name, hyper in self._tuned.items()},
         )
-        self._next_update, self._ended = self.hyper_batch_size, None
-        self._objective = ValidationObjective(
-            trainer, pl_module, self._dataloader, self._outer_batches, self._metric
+        self._loop, self._ended = self._make_loop(trainer, pl_module, optimizers), None
+        if self._resumed is not None:
+            self._take_back_run(self._loop, self._resumed)
+        self._resumed = None
+        self._loop.try_objective()
+        if self.summary:
+            self._print_summary(trainer, pl_module)
+        self._bar = ReadableBar(trainer.progress_bar_callback, prefix="hyperparameter/")
+        self._diagnostics.start(trainer)
+
+    def _make_loop(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        optimizers: Sequence[DifferentiableOptimizer],
+    ) -> OuterLoop:
+        """Make what follows the run and moves the hyperparameters."""
+        objective = ValidationObjective(
+            trainer, module, self._dataloader, self._outer_batches, self._metric
         )
+        sample = None
         if self.curvature_fraction < 1:
-            self._sample = CurvatureSample(self.curvature_fraction, trainer.global_rank)
-        self._run = FollowedRun(
-            trainer, pl_module, optimizers, self._tuned, self._make_hypergradient, self._sample
+            sample = CurvatureSample(self.curvature_fraction, trainer.global_rank)
+        run = FollowedRun(
+            trainer, module, optimizers, self._tuned, self._make_hypergradient, sample
         )
+        hypers = list(self._tuned.values())
+        descent = safeguard = None
         if self._outer_optimizer is not None:
-            hypers = list(self._tuned.values())
             # Of a checkpoint without the run nobody knows where its climb stood.
             is_known = self._resumed is None or "run" in self._resumed
-            can_climb = is_known and self._can_go_back and not self._run.method.keeps_history
-            self._descent = HyperparameterDescent(
+            can_climb = is_known and self._can_go_back and not run.method.keeps_history
+            descent = HyperparameterDescent(
                 hypers,
                 self._outer_optimizer,
                 decoupled_coordinates(hypers, optimizers),
                 learning_rates(hypers, optimizers) if self._outer_optimizer is adam else (),
                 Ramp(self._updates(trainer) if can_climb else 0),
             )
-            if self.safeguard:
-                self._safeguard = Safeguard(
-                    pl_module,
-                    self._run.method,
-                    optimizers,
-                    hypers,
-                    self._descent,
-                    judges_objective=self._sign > 0,
-                )
-        if self._resumed is not None:
-            self._take_back_run(self._resumed)
-        self._resumed = None
-        self._objective(self._run.method.params, self._run.method.hypers, peek=True)
-        if self.summary:
-            self._print_summary(trainer, pl_module)
-        self._bar = ReadableBar(trainer.progress_bar_callback, prefix="hyperparameter/")
-        self._diagnostics.start(trainer)
+        if descent is not None and self.safeguard:
+            judges = self._sign > 0
+            safeguard = Safeguard(
+                module, run.method, optimizers, hypers, descent, judges_objective=judges
+            )
+        look = partial(self._diagnose, trainer, run)
+        return OuterLoop(run, objective, hypers, self.hyper_batch_size, descent, safeguard, look)
 
     def _print_summary(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print what is tuned, how, and what it will cost."""
@@ -266,19 +269,19 @@ class HypergradientCallback(Callback):
             if batch_idx > 0:  # resumed within an epoch, whose beginning drew anew
                 write_random_state(self._random_state)
             self._random_state = None
-        if self._run is not None:
+        if self._loop is not None:
             started = trainer.global_step >= self.start_step
             stopped = self.stop_step is not None and trainer.global_step >= self.stop_step
-            if started and not stopped and self._safeguard is not None and not self._run.steps:
-                self._begin_safeguard(self._safeguard)
-            self._run.before_batch(batch, batch_idx, follow=started and not stopped)
+            if started and not stopped:
+                self._loop.begin()
+            self._loop.run.before_batch(batch, batch_idx, follow=started and not stopped)
 
     @override
     def on_before_zero_grad(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Begin a new gradient; a step that was prepared and not made has been skipped."""
-        if self._run is not None and self._run.begin_step() == 1:
+        if self._loop is not None and self._loop.run.begin_step() == 1:
             rank_zero_warn(
                 f"{type(self).__name__}: step {trainer.global_step} was skipped, since its scaled "
                 "gradient overflowed. Hypergradients skip it too; this is said once."
@@ -289,23 +292,23 @@ class HypergradientCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
         """Linearize the loss; where that gives the gradient, backward need not compute it."""
-        if self._run is not None:
+        if self._loop is not None:
             with refusals_explained():
-                self._run.before_backward(loss)
+                self._loop.run.before_backward(loss)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give backward back to the module."""
-        if self._run is not None:
-            self._run.after_backward()
+        if self._loop is not None:
+            self._loop.run.after_backward()
 
     @override
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Take down the gradients before they are clipped."""
-        if self._run is not None:
-            self._run.before_clipping()
+        if self._loop is not None:
+            self._loop.run.before_clipping()
 
     @override
     def on_train_batch_end(
@@ -317,109 +320,45 @@ class HypergradientCallback(Callback):
         batch_idx: int,
     ) -> None:
         """Update the hyperparameters where a hyper-batch ends."""
-        if self._run is None:
+        if self._loop is None:
             return
-        self._run.after_batch()
-        gives_up = self._safeguard is not None and self._safeguard.has_lost_weights()
-        update_is_due = gives_up or self._run.steps >= self._next_update
-        if gives_up and self._goes_back(trainer, self._run.method, math.nan):
-            self._next_update = self._run.steps + self.hyper_batch_size
-        elif update_is_due:
-            self._next_update += self.hyper_batch_size
-            self._update(trainer, self._run.method)
-        if self._descent is not None and self._descent.is_climbing:
+        self._loop.run.after_batch()
+        known = self._loop.nonfinite_steps
+        outcome = self._loop.after_batch(trainer.global_step)
+        if self._loop.nonfinite_steps > known:
+            log_metrics(trainer, {"nonfinite_steps": self._loop.nonfinite_steps})
+        if outcome is not None:
+            self._write_down(trainer, pl_module, self._loop, outcome)
+        if self._loop.is_climbing:
             let_wait(trainer)
-        if update_is_due or batch_idx == 0:  # Lightning forgets metrics when an epoch begins
+        if outcome is not None or batch_idx == 0:  # Lightning forgets metrics when an epoch begins
             self._show(trainer, pl_module)
 
-    def _begin_safeguard(self, safeguard: Safeguard) -> None:
-        """Let the run's first state be one to go back to."""
-        if not safeguard.has_begun:
-            assert self._run is not None
-            assert self._objective is not None
-            method = self._run.method
-            outer = self._objective(method.params, method.hypers, peek=True)
-            safeguard.begin(outer.value.item())
-
-    def _update(self, trainer: Trainer, method: AbstractHypergradient) -> None:
-        """Measure the hypergradient, move the hyperparameters, write down what was done."""
-        assert self._objective is not None
-        outer = self._objective(method.params, method.hypers)
-        value, is_finite, safeguard = outer.value.item(), outer.is_finite(), self._safeguard
-        if self._goes_back(trainer, method, value):
-            return
-        with refusals_explained():
-            hypergradient = method.hypergradient(outer)
-        sensitivity = method.sensitivity(relative_slopes(list(self._tuned.values())))
-        if self._diagnostics:
-            self._diagnose(trainer, hypergradient)
-        if safeguard is not None and is_finite and (action := safeguard.calms(value, sensitivity)):
-            self._write_down(trainer, value, hypergradient, sensitivity, action)
-            return
-        if self._is_frozen(trainer, method, is_finite, hypergradient):
-            return
-        if safeguard is not None:
-            safeguard.look_at(value)
-        if self._descent is not None:
-            self._move(self._descent, method, hypergradient, value)
-        self._write_down(trainer, value, hypergradient, sensitivity, None)
-
-    def _goes_back(self, trainer: Trainer, method: AbstractHypergradient, value: float) -> bool:
-        """Go back to an earlier state if the run is lost; write that down."""
-
-        def evaluate_again() -> float:
-            assert self._objective is not None
-            return self._objective(method.params, method.hypers, again=True).value.item()
-
-        if self._safeguard is None or not self._safeguard.goes_back(value, evaluate_again):
-            return False
-        unknown = torch.full((method.entries,), math.nan, dtype=torch.float64)
-        self._write_down(trainer, value, unknown, math.nan, "restored")
-        return True
-
-    def _move(
-        self,
-        descent: HyperparameterDescent,
-        method: AbstractHypergradient,
-        hypergradient: Tensor,
-        value: float,
-    ) -> None:
-        """Move the hyperparameters, and the history with them."""
-        old = descent.jacobian() if method.keeps_history else None
-        descent.step(hypergradient, value)
-        if old is not None:
-            method.transport(old, descent.jacobian())
-
     def _write_down(
-        self,
-        trainer: Trainer,
-        value: float,
-        hypergradient: Tensor,
-        sensitivity: float,
-        action: str | None,
+        self, trainer: Trainer, module: LightningModule, loop: OuterLoop, outcome: Outcome
     ) -> None:
         """Hand the new values to the optimizers; write the update down and log it."""
-        if self._descent is not None:
+        if loop.descent is not None:
             for optimizer in _differentiable(trainer):
                 optimizer.write_hyperparameters()
-        restored = self._safeguard if action == "restored" else None
-        if restored is not None and self._run is not None:
-            self._run.method.take_faults()
-            forget_what_is_given_up(trainer, trainer.lightning_module)
+        safeguard = loop.safeguard if outcome.action is not None else None
+        is_restored = outcome.action == "restored"
+        if is_restored:
+            forget_what_is_given_up(trainer, module)
         update = OuterUpdate(
             step=trainer.global_step,
             values={name: value.cpu() for name, value in self.hyperparameters.items()},
-            hypergradients=self._natural(hypergradient),
-            outer_objective=self._sign * value,
-            sensitivity=sensitivity,
-            safeguard=action,
-            restored_step=None if restored is None else restored.best_step,
+            hypergradients=self._natural(outcome.hypergradient),
+            outer_objective=self._sign * outcome.objective,
+            sensitivity=outcome.sensitivity,
+            safeguard=outcome.action,
+            restored_step=safeguard.best_step if safeguard is not None and is_restored else None,
         )
         self.schedule.append(update)
-        metrics = _metrics(update)
-        if action is not None and self._safeguard is not None:
-            metrics[f"safeguard/{action}"] = self._safeguard.counts[action]
-        _log(trainer, metrics)
+        metrics = metrics_of(update)
+        if safeguard is not None and outcome.action is not None:
+            metrics[f"safeguard/{outcome.action}"] = safeguard.counts[outcome.action]
+        log_metrics(trainer, metrics)
 
     def _natural(self, hypergradient: Tensor) -> dict[str, Tensor]:
         """Turn dE/dlambda ``[m]`` into what is written down, by name, each ``[*H]``."""
@@ -429,52 +368,21 @@ class HypergradientCallback(Callback):
             for (name, hyper), part in zip(self._tuned.items(), parts, strict=True)
         }
 
-    def _diagnose(self, trainer: Trainer, hypergradient: Tensor) -> None:
+    def _diagnose(self, trainer: Trainer, run: FollowedRun, hypergradient: Tensor) -> None:
         """Log what else is asked for of an update, before anything is moved or forgotten."""
-        assert self._run is not None
-        tangents = dict(
-            zip(self._run.parameter_names, self._run.method.weight_tangents(), strict=True)
-        )
+        if not self._diagnostics:
+            return
+        tangents = dict(zip(run.parameter_names, run.method.weight_tangents(), strict=True))
         hypergradients = self._natural(hypergradient)
-        _log(trainer, self._diagnostics.scalars(hypergradients, self.hypergradients, tangents))
+        scalars = self._diagnostics.scalars(hypergradients, self.hypergradients, tangents)
+        log_metrics(trainer, scalars)
         self._diagnostics.write_histograms(trainer, hypergradients, tangents)
-
-    def _is_frozen(
-        self,
-        trainer: Trainer,
-        method: AbstractHypergradient,
-        is_outer_finite: bool,
-        hypergradient: Tensor,
-    ) -> bool:
-        """Tell whether the hyperparameters stay, since something is not finite; count and warn."""
-        last = trainer.global_step - 1  # counted as the methods count
-        faults = method.take_faults()
-        frozen = any(fault.step == last for fault in faults)
-        if not is_outer_finite:
-            faults.append(Fault(last, "outer objective or its gradient"))
-            frozen = True
-        elif not bool(hypergradient.isfinite().all()):
-            faults += [] if frozen else [Fault(last, "hypergradient")]
-            frozen = True
-            method.reset()
-        if len(faults) >= self.hyper_batch_size:
-            method.reset()
-        if faults and not self._nonfinite_steps:
-            rank_zero_warn(
-                f"{type(self).__name__}: {faults[0].cause} is not finite at step "
-                f"{faults[0].step + 1}. In such steps the hyperparameters and their hypergradients "
-                "keep their values; the log counts them as `nonfinite_steps`, this is said once."
-            )
-        self._nonfinite_steps += len(faults)
-        if faults:
-            _log(trainer, {"nonfinite_steps": self._nonfinite_steps})
-        return frozen
 
     def _show(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the hyperparameters on the progress bar and among the callback metrics."""
         if not self.schedule or trainer.barebones:
             return
-        for name, value in _metrics(self.schedule[-1]).items():
+        for name, value in metrics_of(self.schedule[-1]).items():
             on_bar = name.startswith("hyperparameter/")
             # The loggers have had it at its own step; `log` would wait for `log_every_n_steps`.
             pl_module.log(name, value, prog_bar=on_bar, logger=False, on_step=True, on_epoch=False)
@@ -488,7 +396,7 @@ class HypergradientCallback(Callback):
             "hyperparameters": self.hyperparameters,
             "schedule": self.schedule.state_dict(),
         }
-        run = self._ended if self._run is None else self._run_state()
+        run = self._ended if self._loop is None else _state_of(self._loop)
         if run is not None:
             state["run"] = run
         # On the host, where there is room for a copy.
@@ -496,24 +404,6 @@ class HypergradientCallback(Callback):
             state, Tensor, lambda tensor: tensor.detach().to("cpu", copy=True)
         )
         return copied
-
-    def _run_state(self) -> dict[str, Any] | None:
-        """Return where the run stands, uncopied; None in the midst of a step."""
-        if self._run is None or self._objective is None or self._run.is_advancing:
-            return None
-        return {
-            "steps": self._run.steps,
-            "next_update": self._next_update,
-            "nonfinite_steps": self._nonfinite_steps,
-            "parameters": self._run.parameter_names,
-            "derivative_buffers": self._run.derivative_buffers,
-            "method": self._run.method.state_dict(),
-            "objective": self._objective.state_dict(),
-            "descent": None if self._descent is None else self._descent.state_dict(),
-            "safeguard": None if self._safeguard is None else self._safeguard.state_dict(),
-            "sample": None if self._sample is None else self._sample.state_dict(),
-            "random": read_random_state(),
-        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -537,26 +427,11 @@ class HypergradientCallback(Callback):
             self._random_state = state["run"]["random"]
             write_random_state(self._random_state)
 
-    def _take_back_run(self, state: dict[str, Any]) -> None:
+    def _take_back_run(self, loop: OuterLoop, state: dict[str, Any]) -> None:
         """Go on with the run where it stood."""
         self.schedule = Schedule.from_state_dict(state["schedule"])
-        if "run" not in state:
-            return
-        assert self._run is not None
-        assert self._objective is not None
-        run = state["run"]
-        self._run.steps, self._next_update = run["steps"], run["next_update"]
-        self._nonfinite_steps = run["nonfinite_steps"]
-        self._run.order_parameters(run["parameters"])
-        self._run.derivative_buffers = run["derivative_buffers"]
-        self._run.method.load_state_dict(run["method"], self._run.recollection())
-        self._objective.load_state_dict(run["objective"])
-        if self._sample is not None and run["sample"] is not None:
-            self._sample.load_state_dict(run["sample"])
-        if self._descent is not None and run["descent"] is not None:
-            self._descent.load_state_dict(run["descent"])
-        if self._safeguard is not None and run.get("safeguard") is not None:
-            self._safeguard.load_state_dict(run["safeguard"])
+        if "run" in state:
+            loop.load_state_dict(state["run"])
 
     # After training
 
@@ -570,12 +445,12 @@ class HypergradientCallback(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave nothing behind but what a checkpoint of the end needs."""
-        if self._run is not None and not self.schedule:
+        if self._loop is not None and not self.schedule:
             rank_zero_warn(
-                f"{type(self).__name__} made no update in {self._run.steps} followed steps. Lower "
-                f"`hyper_batch_size`, which is {self.hyper_batch_size}."
+                f"{type(self).__name__} made no update in {self._loop.run.steps} followed steps. "
+                f"Lower `hyper_batch_size`, which is {self.hyper_batch_size}."
             )
-        if self._descent is not None and self._descent.is_climbing:
+        if self._loop is not None and self._loop.is_climbing:
             rank_zero_warn(
                 f"The run has ended at step {trainer.global_step}, in its range test: its weights "
                 "are those of rates that were tried. Train for longer, or pass `safeguard=False`."
@@ -583,54 +458,37 @@ class HypergradientCallback(Callback):
         self._end(trainer)
 
     def _end(self, trainer: Trainer) -> None:
-        if self._run is not None:
+        if self._loop is not None:
             # Checkpoints that are written at the end of a run, or on an exception, come after this.
-            self._ended = self._state_on_host()
-            self._run.end()
+            self._ended = _on_host(self._loop)
+            self._loop.run.end()
         if self._bar is not None:
             self._bar.end()
-        self._bar = None
-        self._run = self._objective = self._descent = self._safeguard = self._sample = None
+        self._loop = self._bar = None
         trainer.optimizers = [
             o.optimizer if isinstance(o, DifferentiableOptimizer) else o for o in trainer.optimizers
         ]
-
-    def _state_on_host(self) -> dict[str, Any] | None:
-        """Return where the run stands, on the host; None if that cannot be had any more."""
-        try:
-            state: dict[str, Any] | None = apply_to_collection(
-                self._run_state(), Tensor, lambda tensor: tensor.detach().cpu()
-            )
-        except Exception:  # whatever has ended the run, as a device that has failed
-            return None
-        return state
 
 
 def _differentiable(trainer: Trainer) -> list[DifferentiableOptimizer]:
     return [o for o in trainer.optimizers if isinstance(o, DifferentiableOptimizer)]
 
 
-def _metrics(update: OuterUpdate) -> dict[str, float]:
-    """Return the scalars of an update; of a hyperparameter with a shape its mean."""
-    metrics = {"outer_objective": update.outer_objective, "sensitivity": update.sensitivity}
-    for kind, values in (
-        ("hyperparameter", update.values),
-        ("hypergradient", update.hypergradients),
-    ):
-        metrics |= {f"{kind}/{name}": value.mean().item() for name, value in values.items()}
-    return _known(metrics)
+def _state_of(loop: OuterLoop) -> dict[str, Any] | None:
+    """Return where a run stands, uncopied; None in the midst of a step."""
+    state = loop.state_dict()
+    return None if state is None else {**state, "random": read_random_state()}
 
 
-def _known(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Leave out what is not known."""
-    return {name: value for name, value in metrics.items() if not math.isnan(value)}
-
-
-def _log(trainer: Trainer, metrics: Mapping[str, float]) -> None:
-    """Hand what is known to every logger, at the present step."""
-    known = _known(metrics)
-    for logger in trainer.loggers if known else []:
-        logger.log_metrics(known, step=trainer.global_step)
+def _on_host(loop: OuterLoop) -> dict[str, Any] | None:
+    """Return where a run stands, on the host; None if that cannot be had any more."""
+    try:
+        state: dict[str, Any] | None = apply_to_collection(
+            _state_of(loop), Tensor, lambda tensor: tensor.detach().cpu()
+        )
+    except Exception:  # whatever has ended the run, as a device that has failed
+        return None
+    return state
 
 
 def _check_count(argument: str, value: int, least: int, meaning: str) -> None:

@@ -47,7 +47,9 @@ class RTHO(HypergradientCallback):
             ``Adam(raw, lr=0.2, betas=(0.8, 0.95))``, by whose steps learning rates move five times
             as far as long as they do nothing: until a raw unit would change the outer objective by
             1 %. None observes: hypergradients are computed and logged, nothing is moved, and
-            training is bitwise what it is without the callback.
+            training is bitwise what it is without the callback (but for attention, recurrent
+            layers, weight norm and compiled modules, whose kernels with a second derivative round
+            differently).
         dataloader: Data of the outer objective; None takes the trainer's validation loader.
         outer_batches: Validation batches in one evaluation: a loss is averaged over them, a metric
             taken of all together.

@@ -14,7 +14,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_rtho._types import State
 from lightning_rtho.callbacks._checks import refusals_explained
 from lightning_rtho.callbacks._curvature import CurvatureSample
 from lightning_rtho.callbacks._detached import DetachedWeights
@@ -54,7 +53,6 @@ class FollowedRun:
     Attributes:
         method: The method.
         steps: Optimizer steps fed to it.
-        is_advancing: Whether it has taken in a part of the coming step.
     """
 
     def __init__(
@@ -72,7 +70,7 @@ class FollowedRun:
         self._columns = _columns(tuned)
         self.method = make_method(_params(module, optimizers), list(tuned.values()))
         self.steps = self._skipped_steps = 0
-        self._recorded = self.is_advancing = False
+        self._recorded = self._is_advancing = False
         self._statistics = RunningStatistics(module)
         self._clip = _clip(trainer)
         self._raw_grads: dict[Tensor, Tensor] = {}
@@ -316,14 +314,14 @@ class FollowedRun:
             self._trainer.global_step,
             is_traced=self._are_gradients_traced(followed),
         )
-        self.is_advancing = True
+        self._is_advancing = True
         with refusals_explained():
             self.method.advance(step)
         if self._manual is None:
             self.method.forget_gradients(range(len(self.method.params)))
         optimizer.carry_derivative_buffers(transitions)
         self.steps += bool(transitions)
-        self.is_advancing = False
+        self._is_advancing = False
         self._recorded, self._raw_grads = False, {}
 
     def _are_gradients_traced(self, transitions: Sequence[Transition]) -> bool | None:
@@ -355,7 +353,7 @@ class FollowedRun:
         names: dict[Tensor, str] = {param: name for name, param in self._module.named_parameters()}
         return [names.get(param, f"{i}") for i, param in enumerate(self.method.params)]
 
-    def order_parameters(self, names: Sequence[str]) -> None:
+    def _order_parameters(self, names: Sequence[str]) -> None:
         """Let a method that has seen no step know the parameters in the order of another run."""
         params = dict(zip(self.parameter_names, self.method.params, strict=True))
         if params.keys() != set(names):
@@ -365,16 +363,29 @@ class FollowedRun:
             )
         self.method.params = [params[name] for name in names]
 
-    @property
-    def derivative_buffers(self) -> list[State]:
-        """What the optimizers keep of each parameter for the derivative alone, each ``[*P]``."""
-        return read_derivative_buffers(self.method.params, self._optimizers)
+    def state_dict(self) -> dict[str, Any] | None:
+        """Return where the run stands, uncopied; None in the midst of a step."""
+        if self._is_advancing:
+            return None
+        return {
+            "steps": self.steps,
+            "parameters": self.parameter_names,
+            "derivative_buffers": read_derivative_buffers(self.method.params, self._optimizers),
+            "method": self.method.state_dict(),
+            "sample": None if self._sample is None else self._sample.state_dict(),
+        }
 
-    @derivative_buffers.setter
-    def derivative_buffers(self, buffers: Sequence[State]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where another run stood, which trained the same parameters in any order."""
+        self.steps = state["steps"]
+        self._order_parameters(state["parameters"])
+        buffers = state["derivative_buffers"]
         write_derivative_buffers(buffers, self.method.params, self._optimizers)
+        self.method.load_state_dict(state["method"], self._recollection())
+        if self._sample is not None and state["sample"] is not None:
+            self._sample.load_state_dict(state["sample"])
 
-    def recollection(self) -> Recollection:
+    def _recollection(self) -> Recollection:
         """Return what this run knows of the steps that a checkpoint holds."""
         return Recollection(
             self._optimizers[0].rule_class,

@@ -50,7 +50,8 @@ class TRHO(HypergradientCallback):
         outer_optimizer: As `RTHO`, but that by default learning rates climb first, for at most 20
             updates and a quarter of the run, and not to the end of an `Interval`; in the first of
             them by up to e^10 at once, to where the objective would change by 1 %. They do not with
-            ``safeguard=False`` or an `objective` to be maximized, since no run goes back then.
+            ``safeguard=False`` or an `objective` to be maximized, since no run goes back then, nor
+            where the length of the run is not known.
         dataloader: As `RTHO`.
         outer_batches: As `RTHO`.
         objective: As `RTHO`.

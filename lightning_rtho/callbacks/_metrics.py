@@ -1,0 +1,45 @@
+"""What the loggers see of an outer update."""
+
+import math
+from collections.abc import Mapping
+
+from lightning.pytorch import Trainer
+
+from lightning_rtho.schedule import OuterUpdate
+
+__all__ = ["log_metrics", "metrics_of"]
+
+
+def metrics_of(update: OuterUpdate) -> dict[str, float]:
+    """Return the scalars of an update; of a hyperparameter with a shape its mean.
+
+    Args:
+        update: The update.
+
+    Returns:
+        Those that are known, by name.
+    """
+    metrics = {"outer_objective": update.outer_objective, "sensitivity": update.sensitivity}
+    for kind, values in (
+        ("hyperparameter", update.values),
+        ("hypergradient", update.hypergradients),
+    ):
+        metrics |= {f"{kind}/{name}": value.mean().item() for name, value in values.items()}
+    return _known(metrics)
+
+
+def log_metrics(trainer: Trainer, metrics: Mapping[str, float]) -> None:
+    """Hand what is known to every logger, at the present step.
+
+    Args:
+        trainer: The trainer.
+        metrics: Scalars by name; those that are NaN are not known.
+    """
+    known = _known(metrics)
+    for logger in trainer.loggers if known else []:
+        logger.log_metrics(known, step=trainer.global_step)
+
+
+def _known(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Leave out what is not known."""
+    return {name: value for name, value in metrics.items() if not math.isnan(value)}

@@ -1,0 +1,207 @@
+"""What is done where a hyper-batch ends: measure, judge, move."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_rtho.callbacks._checks import refusals_explained
+from lightning_rtho.callbacks._objective import ValidationObjective
+from lightning_rtho.callbacks._run import FollowedRun
+from lightning_rtho.callbacks._safeguard import Safeguard
+from lightning_rtho.hypergradient import Fault
+from lightning_rtho.hyperparameters import Hyperparameter
+from lightning_rtho.outer import HyperparameterDescent, relative_slopes
+
+__all__ = ["Outcome", "OuterLoop"]
+
+
+class Outcome(NamedTuple):
+    """What an outer update came to.
+
+    Attributes:
+        objective: E before it; NaN where it was not asked for.
+        hypergradient: dE/dlambda with respect to natural values ``[m]``; NaN where a run went back.
+        sensitivity: See :class:`OuterUpdate`.
+        action: What the safeguard did in its place: ``"lowered"``, ``"restored"`` or None.
+    """
+
+    objective: float
+    hypergradient: Tensor
+    sensitivity: float
+    action: str | None
+
+
+class OuterLoop:
+    """Moves the hyperparameters of a run that is followed, every few of its steps.
+
+    Args:
+        run: The run.
+        objective: The outer objective.
+        hypers: The hyperparameters, each ``[*H]``, m entries in all.
+        hyper_batch_size: Optimizer steps between updates.
+        descent: What moves them; None leaves them where they are.
+        safeguard: What takes a run back that is lost; None lets it be.
+        look: Called with every hypergradient ``[m]``, before anything is moved or forgotten.
+
+    Attributes:
+        run: The run.
+        descent: What moves the hyperparameters.
+        safeguard: What takes a run back.
+        nonfinite_steps: Steps so far whose derivative was not finite.
+    """
+
+    def __init__(
+        self,
+        run: FollowedRun,
+        objective: ValidationObjective,
+        hypers: Sequence[Hyperparameter],
+        hyper_batch_size: int,
+        descent: HyperparameterDescent | None,
+        safeguard: Safeguard | None,
+        look: Callable[[Tensor], None],
+    ) -> None:
+        self.run, self.descent, self.safeguard = run, descent, safeguard
+        self.nonfinite_steps = 0
+        self._objective, self._hypers, self._look = objective, list(hypers), look
+        self._hyper_batch_size = self._next_update = hyper_batch_size
+
+    @property
+    def is_climbing(self) -> bool:
+        """Whether learning rates go up whatever the hypergradient says."""
+        return self.descent is not None and self.descent.is_climbing
+
+    def try_objective(self) -> None:
+        """Evaluate the outer objective once, so that its errors come before a weight moves."""
+        self._evaluate(peek=True)
+
+    def begin(self) -> None:
+        """Let the state in which a run begins be one to go back to."""
+        if self.safeguard is not None and not self.safeguard.has_begun and not self.run.steps:
+            self.safeguard.begin(self._evaluate(peek=True).value.item())
+
+    def after_batch(self, step: int) -> Outcome | None:
+        """Make an update where one is due.
+
+        Args:
+            step: Optimizer steps made so far, as the trainer counts them.
+
+        Returns:
+            What it came to; None where there was none.
+        """
+        if self.safeguard is not None and self.safeguard.has_lost_weights():
+            outcome = self._go_back(math.nan)
+            if outcome is not None:
+                self._next_update = self.run.steps + self._hyper_batch_size
+                return outcome
+        if self.run.steps < self._next_update:
+            return None
+        self._next_update += self._hyper_batch_size
+        return self._update(step)
+
+    def _evaluate(self, **which: bool) -> Any:
+        return self._objective(self.run.method.params, self.run.method.hypers, **which)
+
+    def _update(self, step: int) -> Outcome | None:
+        """Measure the hypergradient and move the hyperparameters; None where they are frozen."""
+        method, safeguard = self.run.method, self.safeguard
+        outer = self._evaluate()
+        value, is_finite = outer.value.item(), outer.is_finite()
+        gone_back = self._go_back(value)
+        if gone_back is not None:
+            return gone_back
+        with refusals_explained():
+            hypergradient = method.hypergradient(outer)
+        sensitivity = method.sensitivity(relative_slopes(self._hypers))
+        self._look(hypergradient)
+        if safeguard is not None and is_finite and (action := safeguard.calms(value, sensitivity)):
+            if action == "restored":
+                method.take_faults()
+            return Outcome(value, hypergradient, sensitivity, action)
+        if self._is_frozen(step, is_finite, hypergradient):
+            return None
+        if safeguard is not None:
+            safeguard.look_at(value)
+        if self.descent is not None:
+            self._move(self.descent, hypergradient, value)
+        return Outcome(value, hypergradient, sensitivity, None)
+
+    def _go_back(self, value: float) -> Outcome | None:
+        """Go back to an earlier state if the run is lost."""
+        method = self.run.method
+
+        def evaluate_again() -> float:
+            found: float = self._evaluate(again=True).value.item()
+            return found
+
+        if self.safeguard is None or not self.safeguard.goes_back(value, evaluate_again):
+            return None
+        method.take_faults()  # they are those of the run that is given up
+        unknown = torch.full((method.entries,), math.nan, dtype=torch.float64)
+        return Outcome(value, unknown, math.nan, "restored")
+
+    def _move(self, descent: HyperparameterDescent, hypergradient: Tensor, value: float) -> None:
+        """Move the hyperparameters, and the history with them."""
+        method = self.run.method
+        old = descent.jacobian() if method.keeps_history else None
+        descent.step(hypergradient, value)
+        if old is not None:
+            method.transport(old, descent.jacobian())
+
+    def _is_frozen(self, step: int, is_outer_finite: bool, hypergradient: Tensor) -> bool:
+        """Tell whether the hyperparameters stay, since something is not finite; count and warn."""
+        method, last = self.run.method, step - 1  # counted as the methods count
+        faults = method.take_faults()
+        frozen = any(fault.step == last for fault in faults)
+        if not is_outer_finite:
+            faults.append(Fault(last, "outer objective or its gradient"))
+            frozen = True
+        elif not bool(hypergradient.isfinite().all()):
+            faults += [] if frozen else [Fault(last, "hypergradient")]
+            frozen = True
+            method.reset()
+        if len(faults) >= self._hyper_batch_size:
+            method.reset()
+        if faults and not self.nonfinite_steps:
+            rank_zero_warn(
+                f"The {faults[0].cause} is not finite at step {faults[0].step + 1}. In such steps "
+                "the hyperparameters and their hypergradients keep their values; the log counts "
+                "them as `nonfinite_steps`, this is said once."
+            )
+        self.nonfinite_steps += len(faults)
+        return frozen
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Return where the run stands, in tensors, numbers, lists and dicts, uncopied.
+
+        Returns:
+            The state; None in the midst of a step, which cannot be gone on from.
+        """
+        run = self.run.state_dict()
+        if run is None:
+            return None
+        return {
+            **run,
+            "next_update": self._next_update,
+            "nonfinite_steps": self.nonfinite_steps,
+            "objective": self._objective.state_dict(),
+            "descent": None if self.descent is None else self.descent.state_dict(),
+            "safeguard": None if self.safeguard is None else self.safeguard.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where another run stood.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+        """
+        self.run.load_state_dict(state)
+        self._next_update, self.nonfinite_steps = state["next_update"], state["nonfinite_steps"]
+        self._objective.load_state_dict(state["objective"])
+        if self.descent is not None and state["descent"] is not None:
+            self.descent.load_state_dict(state["descent"])
+        if self.safeguard is not None and state["safeguard"] is not None:
+            self.safeguard.load_state_dict(state["safeguard"])
