@@ -128,7 +128,7 @@ def test_large_history_is_taken_along_in_place(dtype):
     hypers = [torch.ones((), requires_grad=True) for _ in range(4)]
     method = ForwardHypergradient([w], hypers, tangent_dtype=dtype)
     history = torch.randn(4, *w.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    state = {"tangents": [{"param": history.clone()}], "statistic_tangents": {}}
+    state = {**method.state_dict(), "tangents": [{"param": history.clone()}]}
     method.load_state_dict(state, recollection=None)
     (before,) = method.weight_tangents()
     old, new = torch.diag(torch.tensor([0.5, 1.0, 2.0, 0.3])), torch.eye(4)
