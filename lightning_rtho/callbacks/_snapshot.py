@@ -222,7 +222,7 @@ def _others(module: nn.Module, params: Sequence[Tensor]) -> Iterator[tuple[str, 
     """Yield the weights that no optimizer trains, with their names."""
     trained = set(params)
     for name, param in module.named_parameters():
-        if param not in trained:
+        if param not in trained and param.is_floating_point():  # what is quantized stands still
             yield name, param
 
 
