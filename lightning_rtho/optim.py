@@ -71,6 +71,7 @@ class DifferentiableOptimizer(Optimizer):
         self._schedulers = tuple(schedulers)
         self.rule_class: type[UpdateRule] = rule_class_for(optimizer)
         self.before_update: Callable[[], None] | None = None
+        self.after_update: Callable[[], None] | None = None
         self._sites: list[_Site] = []
         self._written: list[float] = []
         self._known_groups = 0
@@ -295,22 +296,34 @@ class DifferentiableOptimizer(Optimizer):
             self._derivative_buffers[param] = {k: v.to(param.device) for k, v in buffers.items()}
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Let the wrapped optimizer step, calling ``before_update`` between gradient and update."""
+        """Let the wrapped optimizer step.
+
+        ``before_update`` is called between gradient and update, ``after_update`` after it.
+
+        Args:
+            closure: Computes the loss and its gradients.
+
+        Returns:
+            What the wrapped optimizer returns.
+        """
         if closure is None:
-            self._announce()
-            return self.optimizer.step()
+            self._announce(self.before_update)
+            result = self.optimizer.step()
+        else:
 
-        def announcing_closure() -> Any:
-            loss = closure()
-            self._announce()
-            return loss
+            def announcing_closure() -> Any:
+                loss = closure()
+                self._announce(self.before_update)
+                return loss
 
-        return self.optimizer.step(announcing_closure)
+            result = self.optimizer.step(announcing_closure)
+        self._announce(self.after_update)
+        return result
 
-    def _announce(self) -> None:
-        if self.before_update is not None:
+    def _announce(self, listener: Callable[[], None] | None) -> None:
+        if listener is not None:
             with torch.no_grad():
-                self.before_update()
+                listener()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ def let_wait(trainer: Trainer) -> None:
         trainer: The trainer.
     """
     for stopping in trainer.early_stopping_callbacks:
-        stopping.wait_count = min(stopping.wait_count, -1)  # one validation is counted at a time
+        stopping.wait_count = -2  # the next validation counts one, which no patience is below
 
 
 def forget_what_is_given_up(trainer: Trainer, module: LightningModule) -> None:
@@ -42,5 +42,5 @@ def forget_what_is_given_up(trainer: Trainer, module: LightningModule) -> None:
         if average is not None and isinstance(count, Tensor) and count > 0:
             count.zero_()
             with torch.no_grad():
-                for kept, weight in zip(average.parameters(), module.parameters(), strict=True):
+                for kept, weight in zip(average.parameters(), module.parameters(), strict=False):
                     kept.copy_(weight)

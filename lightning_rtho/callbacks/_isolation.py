@@ -1,10 +1,11 @@
 """Running the user's code without leaving a trace in the training run."""
 
-import copy
 import math
-from collections import deque
-from collections.abc import Iterable, Iterator, Sized
+from collections import OrderedDict, deque
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import islice
+from operator import is_, is_not
 from typing import Any
 
 import numpy as np
@@ -83,26 +84,26 @@ def _preserved(module: nn.Module) -> Iterator[None]:
 
     Tensors that need no gradient (buffers, metric states) are replaced by copies meanwhile:
     they may be inference tensors, which nothing may write to outside of Lightning's validation.
-    Lists, dicts, sets and arrays get their contents back, also those in one another and in objects
-    of classes that come from where the module's own does, such as a meter. Of attributes that are
-    neither buffers nor metric states only small ones are copied: a module may hold its whole data
-    set.
+    What containers hold is put back, too, also in one another and in objects such as a meter, of
+    classes that come from where the module's own does. Of attributes that are neither buffers nor
+    metric states only small tensors are copied, and fewer than 10,000 values are searched of each:
+    a module may hold its whole data set.
     """
+    held = _Held(module)
     namespaces = _namespaces(module)
-    saved = [dict(namespace) for namespace in namespaces]
-    held = _Held(_package(module))
-    for namespace in saved:
+    for namespace in namespaces:
         for name, value in namespace.items():
             if name not in _MODULE_ATTRIBUTES:
                 held.enter(value)
-    for metric in held.metrics:  # in plain lists and dicts, where torch does not see them
-        saved += [dict(namespace) for namespace in _namespaces(metric)]
-        namespaces += _namespaces(metric)
+    for other in held.modules:  # in plain lists and dicts, where torch does not see them
+        namespaces += _namespaces(other)
+    saved = [dict(namespace) for namespace in namespaces]
     attributes = {id(vars(m)) for m in module.modules() if not isinstance(m, Metric)}
     for namespace in namespaces:
         largest = _SMALL if id(namespace) in attributes else math.inf
         copies = {k: v.clone() for k, v in namespace.items() if _is_state(v, largest)}
         namespace.update(copies)
+    held.replace_tensors()
     try:
         yield
     finally:
@@ -116,62 +117,110 @@ class _Held:
     """What containers hold, and what they held when they were entered.
 
     Args:
-        package: Where classes come from whose objects are entered.
+        module: The module, whose own attributes are entered one by one.
 
     Attributes:
-        metrics: Metrics that were met.
+        modules: Modules that were met and are not the module's own.
     """
 
-    def __init__(self, package: str) -> None:
-        self._package = package
-        self._known: set[int] = set()
+    def __init__(self, module: nn.Module) -> None:
+        self._package = _package(module)
+        self._known = {id(part) for part in module.modules()}
         self._contents: list[tuple[Any, Any]] = []
-        self.metrics: list[Metric] = []
+        self.modules: list[nn.Module] = []
 
     def enter(self, value: Any) -> None:
-        """Take down what a value holds, and what that holds in its turn."""
-        if id(value) in self._known:
-            return
-        items: Iterable[Any] = ()
-        if isinstance(value, Metric):
-            self.metrics.append(value)
-            items = [v for k, v in vars(value).items() if k not in _MODULE_ATTRIBUTES]
-        elif isinstance(value, np.ndarray):
-            if value.size <= _SMALL:
-                self._contents.append((value, value.copy()))
-        elif isinstance(value, (list, dict, set, deque)):
-            self._contents.append((value, copy.copy(value)))
-            items = value.values() if isinstance(value, dict) else value
-        elif isinstance(value, tuple):
-            items = value
-        elif self._is_of_the_user(value):
-            self._contents.append((vars(value), dict(vars(value))))
-            items = vars(value).values()
-        else:
-            return
-        self._known.add(id(value))
-        if not isinstance(items, Sized) or len(items) <= _MANY:
-            for item in items:
-                self.enter(item)
+        """Take down what a value holds, and what that holds in its turn, up to a limit."""
+        to_do, left = [value], _MANY
+        while to_do and left > 0:
+            value = to_do.pop()
+            if not isinstance(value, _LEAVES) and id(value) not in self._known:
+                self._known.add(id(value))
+                items = list(islice(self._take_down(value), left))
+                left -= len(items)
+                to_do += items
 
-    def _is_of_the_user(self, value: Any) -> bool:
-        """Tell whether a value is an object like a meter, of a class of the module's author."""
-        return (
-            hasattr(value, "__dict__")
-            and _package(value) == self._package
-            and self._package not in _LIBRARIES
-            and not isinstance(value, (type, nn.Module, Trainer))
-        )
+    def _take_down(self, value: Any) -> Collection[Any]:
+        """Note what one value holds; return that."""
+        if isinstance(value, nn.Module):
+            self.modules.append(value)
+            parts = list(value.modules())
+            self._known |= {id(part) for part in parts}
+            return [v for p in parts for k, v in vars(p).items() if k not in _MODULE_ATTRIBUTES]
+        if isinstance(value, np.ndarray):
+            if value.flags.writeable and value.size <= _SMALL:
+                self._contents.append((value, value.copy()))
+            return ()
+        if isinstance(value, tuple):
+            return value
+        container = value
+        if not isinstance(value, (list, dict, set, deque)):
+            container = self._attributes(value)
+        if container is None:
+            return ()
+        content: Collection[Any]
+        if isinstance(container, dict):
+            content = dict(container)
+        else:
+            content = set(container) if isinstance(container, set) else list(container)
+        self._contents.append((container, content))
+        return content.values() if isinstance(content, dict) else content
+
+    def _attributes(self, value: Any) -> dict[str, Any] | None:
+        """Return the dict of an object's attributes, if it is of the module's author."""
+        if not self._package or _package(value) != self._package:
+            return None
+        if isinstance(value, (type, Trainer)):
+            return None
+        try:
+            found: dict[str, Any] = object.__getattribute__(value, "__dict__")
+        except AttributeError:  # it has slots
+            return None
+        return found
+
+    def replace_tensors(self) -> None:
+        """Let copies stand for small tensors in dicts and objects, which may be written to."""
+        for container, content in self._contents:
+            if isinstance(container, dict) and len(container) <= _MANY:
+                for key, value in content.items():
+                    if _is_state(value, _SMALL):
+                        dict.__setitem__(container, key, value.clone())  # the key is there
 
     def put_back(self) -> None:
-        """Let everything hold again what it held."""
+        """Let everything hold again what it held; what is unchanged is not touched."""
         for container, content in self._contents:
             if isinstance(container, np.ndarray):
-                container[...] = content
-                continue
-            container.clear()
-            add = container.extend if isinstance(container, (list, deque)) else container.update
-            add(content)
+                if not _is_same(container, content):
+                    container[...] = content
+            elif isinstance(container, dict):
+                _put_back(container, content)
+            elif isinstance(container, set):
+                if container != content:
+                    container.clear()
+                    container.update(content)
+            elif len(container) != len(content) or any(map(is_not, container, content)):
+                container.clear()
+                container.extend(content)
+
+
+def _put_back(container: dict[Any, Any], content: dict[Any, Any]) -> None:
+    """Let a dict hold what it held, in its order, whatever its class makes of writing to it."""
+    keys, values = (container, content), (container.values(), content.values())
+    if len(container) == len(content) and all(map(is_, *keys)) and all(map(is_, *values)):
+        return  # soon seen, of however many
+    plain = OrderedDict if isinstance(container, OrderedDict) else dict
+    for key in [key for key in container if key not in content]:
+        plain.__delitem__(container, key)
+    if list(container) != list(content):
+        plain.clear(container)
+    for key, value in content.items():
+        if dict.get(container, key, content) is not value:
+            plain.__setitem__(container, key, value)
+
+
+def _is_same(array: np.ndarray, other: np.ndarray) -> bool:
+    """Tell whether two arrays hold the same, bit for bit."""
+    return array.dtype != object and array.tobytes() == other.tobytes()
 
 
 def _namespaces(module: nn.Module) -> list[dict[str, Any]]:
@@ -179,22 +228,26 @@ def _namespaces(module: nn.Module) -> list[dict[str, Any]]:
     return [space for part in module.modules() for space in (vars(part), part._buffers)]
 
 
-def _package(value: Any) -> str:
-    """Return the top-level package that a value's class comes from."""
-    return type(value).__module__.partition(".")[0]
+def _package(value: Any) -> str | None:
+    """Return the top-level package that a value's class comes from, if it is a user's."""
+    package = type(value).__module__.partition(".")[0]
+    return None if package in _LIBRARIES else package
 
 
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 """What every module has: parameters, submodules and hooks, which no step changes."""
 
-_LIBRARIES = ("lightning", "pytorch_lightning", "torch")
+_LIBRARIES = ("builtins", "lightning", "pytorch_lightning", "torch", "torchmetrics")
 """Where modules, but no meters come from."""
+
+_LEAVES = (bool, int, float, complex, str, bytes, type(None), Tensor)
+"""What holds nothing."""
 
 _SMALL = 2**20
 """Entries up to which a plain tensor attribute is taken for state rather than data."""
 
 _MANY = 10_000
-"""Entries up to which a container is searched for others."""
+"""Values up to which what an attribute holds is searched."""
 
 
 def _is_state(value: Any, largest: float) -> bool:

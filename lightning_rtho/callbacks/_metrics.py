@@ -17,7 +17,7 @@ def metrics_of(update: OuterUpdate) -> dict[str, float]:
         update: The update.
 
     Returns:
-        Those that are known, by name.
+        The scalars by name; NaN where they are not known.
     """
     metrics = {"outer_objective": update.outer_objective, "sensitivity": update.sensitivity}
     for kind, values in (
@@ -25,7 +25,7 @@ def metrics_of(update: OuterUpdate) -> dict[str, float]:
         ("hypergradient", update.hypergradients),
     ):
         metrics |= {f"{kind}/{name}": value.mean().item() for name, value in values.items()}
-    return _known(metrics)
+    return metrics
 
 
 def log_metrics(trainer: Trainer, metrics: Mapping[str, float]) -> None:
@@ -35,11 +35,6 @@ def log_metrics(trainer: Trainer, metrics: Mapping[str, float]) -> None:
         trainer: The trainer.
         metrics: Scalars by name; those that are NaN are not known.
     """
-    known = _known(metrics)
+    known = {name: value for name, value in metrics.items() if not math.isnan(value)}
     for logger in trainer.loggers if known else []:
         logger.log_metrics(known, step=trainer.global_step)
-
-
-def _known(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Leave out what is not known."""
-    return {name: value for name, value in metrics.items() if not math.isnan(value)}

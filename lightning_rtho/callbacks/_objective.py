@@ -186,7 +186,7 @@ class ValidationObjective:
             args = [batch]
             if is_param_in_hook_signature(module.validation_step, "batch_idx", min_args=2):
                 args.append(batch_idx)
-            if is_param_in_hook_signature(module.validation_step, "dataloader_idx", min_args=3):
+            if is_param_in_hook_signature(module.validation_step, "dataloader_idx", explicit=True):
                 args.append(self._dataloader_idx)
             output = trainer.strategy.validation_step(*args)
             step = "validation_step"

@@ -65,7 +65,7 @@ class OuterLoop:
         look: Callable[[Tensor], None],
     ) -> None:
         self.run, self.descent, self.safeguard = run, descent, safeguard
-        self.nonfinite_steps = 0
+        self.nonfinite_steps = self._seen_steps = 0
         self._objective, self._hypers, self._look = objective, list(hypers), look
         self._hyper_batch_size = self._next_update = hyper_batch_size
 
@@ -92,6 +92,9 @@ class OuterLoop:
         Returns:
             What it came to; None where there was none.
         """
+        if self.run.steps == self._seen_steps:  # still accumulating, or not followed any more
+            return None
+        self._seen_steps = self.run.steps
         if self.safeguard is not None and self.safeguard.has_lost_weights():
             outcome = self._go_back(math.nan)
             if outcome is not None:

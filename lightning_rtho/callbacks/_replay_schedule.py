@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_rtho._types import State
 from lightning_rtho.callbacks._base import HypergradientCallback
+from lightning_rtho.callbacks._company import forget_what_is_given_up
 from lightning_rtho.callbacks._run import schedulers_of
 from lightning_rtho.callbacks._selection import select_hyperparameters
 from lightning_rtho.callbacks._snapshot import (
@@ -44,7 +45,7 @@ class ReplaySchedule(Callback):
 
     Where the run that learned was lost and went back to an earlier state, this one goes back to its
     own state of that step. It keeps that state, one more copy of the training state, until it is
-    last gone back to.
+    last gone back to. (Early stopping does not know of a range test that it goes through again.)
 
     After its last update the schedule holds its last values, however long the run; `stretch` makes
     a longer (or shorter) run of it instead. A run that resumes from a checkpoint goes on with the
@@ -82,7 +83,7 @@ class ReplaySchedule(Callback):
         self._resumed_step: int | None = None
         self._applied = 0
         self._optimizers: list[DifferentiableOptimizer] = []
-        self._resumed_buffers: list[State] = []
+        self._buffers: list[State] = []
         # States that will be gone back to: one at a time, since what is best only gets better.
         kept = {update.restored_step for update in self.schedule}
         self._kept_steps = sorted(step * stretch for step in kept if step is not None)
@@ -126,14 +127,20 @@ class ReplaySchedule(Callback):
         return {
             "hyperparameters": self.hyperparameters,
             "snapshot": self._snapshot,
-            "derivative_buffers": read_derivative_buffers(self._params, self._optimizers),
+            "derivative_buffers": self._derivative_buffers(),
         }
+
+    def _derivative_buffers(self) -> list[State]:
+        """Return what the optimizers keep, or have kept, for the derivative alone."""
+        if not self._optimizers:
+            return self._buffers
+        return read_derivative_buffers(self._params, self._optimizers)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back the state to go back to; the values are those of the schedule."""
         self._snapshot = state_dict["snapshot"]
-        self._resumed_buffers = state_dict["derivative_buffers"]
+        self._buffers = state_dict["derivative_buffers"]
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -183,9 +190,9 @@ class ReplaySchedule(Callback):
         self._snapshot = move_snapshot(self._snapshot, self._params)
         begun = bisect_right if self._snapshot else bisect_left
         self._kept = begun(self._kept_steps, trainer.global_step)
-        if self._resumed_step is not None and len(self._resumed_buffers) == len(self._params):
-            write_derivative_buffers(self._resumed_buffers, self._params, self._optimizers)
-        self._resumed_step, self._resumed_buffers = None, []
+        if self._resumed_step is not None and len(self._buffers) == len(self._params):
+            write_derivative_buffers(self._buffers, self._params, self._optimizers)
+        self._resumed_step, self._buffers = None, []
         self._applied = self._updates_until(trainer.global_step)
         self._write(trainer)
         for optimizer in self._optimizers:
@@ -211,7 +218,7 @@ class ReplaySchedule(Callback):
         self._keep_state(trainer, pl_module)
         made = self._updates_until(trainer.global_step)
         if made > self._applied:
-            self._go_back(pl_module, self.schedule[self._applied : made])
+            self._go_back(trainer, pl_module, self.schedule[self._applied : made])
             self._applied = made
             self._write(trainer)
         if made >= self._last_return:
@@ -226,12 +233,15 @@ class ReplaySchedule(Callback):
             self._kept = due
             self._snapshot = take_snapshot(module, self._params, self._optimizers)
 
-    def _go_back(self, module: LightningModule, updates: Sequence[OuterUpdate]) -> None:
+    def _go_back(
+        self, trainer: Trainer, module: LightningModule, updates: Sequence[OuterUpdate]
+    ) -> None:
         """Go back to an earlier state if the run that learned did so at these updates."""
         if not any(update.safeguard == "restored" for update in updates):
             return
         if len(self._params) == len(self._snapshot.get("params", ())):
             restore_snapshot(self._snapshot, module, self._params, self._optimizers)
+            forget_what_is_given_up(trainer, module)
         else:
             rank_zero_warn(
                 "The run that learned the schedule went back to an earlier state at step "
@@ -289,4 +299,5 @@ class ReplaySchedule(Callback):
     def _end(self, trainer: Trainer) -> None:
         if self._optimizers:
             trainer.optimizers = [optimizer.optimizer for optimizer in self._optimizers]
+            self._buffers = self._derivative_buffers()
         self._optimizers = []

@@ -38,6 +38,8 @@ class RTHO(HypergradientCallback):
     Over several processes (DDP) the tangents of the gradient are averaged every step, m numbers
     for each weight, and the validation gradient every update.
 
+    After a fit the callback keeps what a checkpoint of its end needs, on the host, until the next.
+
     Args:
         hyperparameters: Names of hyperparameters that the module declares or of settings of its
             optimizer (``"lr"``, ``"weight_decay"``, ``"beta1"``), each with its natural domain; a

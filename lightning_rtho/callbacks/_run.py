@@ -89,6 +89,7 @@ class FollowedRun:
         self._unseen = {name: hyper for name, hyper in tuned.items() if id(hyper) not in acting}
         for optimizer in optimizers:
             optimizer.before_update = partial(self._before_update, optimizer)
+            optimizer.after_update = self._after_update
         warn_of_eager_steps(module)
 
     @property
@@ -321,8 +322,11 @@ class FollowedRun:
             self.method.forget_gradients(range(len(self.method.params)))
         optimizer.carry_derivative_buffers(transitions)
         self.steps += bool(transitions)
-        self._is_advancing = False
         self._recorded, self._raw_grads = False, {}
+
+    def _after_update(self) -> None:
+        """Note that the step that the method knows has been made."""
+        self._is_advancing = False
 
     def _are_gradients_traced(self, transitions: Sequence[Transition]) -> bool | None:
         """See :attr:`OptimizerStep.is_traced`."""
@@ -405,7 +409,7 @@ class FollowedRun:
         if self._manual is not None:
             self._manual.stop()
         for optimizer in self._optimizers:
-            optimizer.before_update = None
+            optimizer.before_update = optimizer.after_update = None
         for hyper in self._tuned.values():
             hyper.requires_grad_(False)
 

@@ -1,5 +1,6 @@
 """What is done where a run has become chaotic or is lost: lower the rate, go back."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -157,8 +158,10 @@ class Safeguard:
         if not self._backtracking.confirms(value, evaluate_again(), distance):
             self._restore(present)
             return False
-        self._retreat(f"the outer objective was {value:.3g}, so the run went back to its best "
-                      "state so far")  # fmt: skip
+        found = "weights were infinite or NaN"
+        if not math.isnan(value):
+            found = f"the outer objective was {value:.3g}"
+        self._retreat(f"{found}, so the run went back to its best state so far")
         return True
 
     def _retreat(self, what: str) -> None:

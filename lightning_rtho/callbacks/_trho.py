@@ -61,7 +61,8 @@ class TRHO(HypergradientCallback):
         start_step: As `RTHO`.
         stop_step: As `RTHO`.
         safeguard: As `RTHO`, but by the weights alone: the sensitivity is not known. The trial of
-            10 updates begins when rates have climbed.
+            10 updates begins when rates have climbed; until it is over a run whose weights become
+            NaN or infinite goes back at once.
         summary: As `RTHO`.
         diagnostics: As `RTHO`, but ``"hypergradient_cosine"`` alone.
 

@@ -95,6 +95,7 @@ class HyperparameterDescent:
         """Return raw values and the optimizer's state."""
         return {
             "raw": [raw.detach().clone() for raw in self.raw],
+            "kind": type(self.optimizer).__name__,
             "optimizer": self.optimizer.state_dict(),
             "ramp": self._ramp.state_dict(),
         }
@@ -108,15 +109,11 @@ class HyperparameterDescent:
         Raises:
             ValueError: If it is that of another optimizer.
         """
-        settings, saved = (
-            optimizer["param_groups"][0].keys()
-            for optimizer in (self.optimizer.state_dict(), state["optimizer"])
-        )
-        if settings != saved:
+        kind = type(self.optimizer).__name__
+        if kind != state["kind"]:
             raise ValueError(
-                "`outer_optimizer` must be the one that the checkpoint was written with, got a "
-                f"{type(self.optimizer).__name__} with other settings. Pass the same, or begin "
-                "without `ckpt_path`."
+                f"`outer_optimizer` must be the one that the checkpoint was written with, "
+                f"{state['kind']}, got {kind}. Pass the same, or begin without `ckpt_path`."
             )
         with torch.no_grad():
             for raw, value in zip(self.raw, state["raw"], strict=True):

@@ -73,7 +73,7 @@ def read_csv(path: str | PathLike[str]) -> dict[str, Any]:
         if update["step"] == 0:
             state["start"] = update["values"]
         else:
-            update["outer_objective"] = float(row["outer_objective"])
+            update["outer_objective"] = float(row["outer_objective"] or "nan")
             update["sensitivity"] = float(row["sensitivity"] or "nan")
             update["safeguard"] = row["safeguard"] or None
             update["restored_step"] = int(row["restored_step"]) if row["restored_step"] else None

@@ -131,7 +131,8 @@ def test_one_of_several_validation_loaders_is_to_be_chosen(data):
 
 @pytest.mark.parametrize("is_given", [True, False])
 def test_batches_that_several_loaders_make_together(is_given, data):
-    train, val = (DataLoader(part, batch_size=VAL_SIZE) for part in data)
+    train, val = DataLoader(data[0], batch_size=BATCH), DataLoader(data[1], batch_size=3)
+    assert len(val) == 2  # so that Lightning validates between one batch and the next
     both = CombinedLoader({"a": val, "b": val}, "min_size")
 
     class Both(SmallNet):
@@ -140,11 +141,12 @@ def test_batches_that_several_loaders_make_together(is_given, data):
             return (first + second) / 2
 
     settings = {"dataloader": both} if is_given else {}
-    callback = RTHO(["lr"], hyper_batch_size=4, outer_optimizer=None, **settings)
-    fit(Both(lr=0.1), callback, steps=8, train=train, val=both, check_val_every_n_epoch=1)
-    alone = RTHO(["lr"], hyper_batch_size=4, outer_optimizer=None)
-    fit(SmallNet(lr=0.1), alone, steps=8, train=train, val=val)
-    # Rows of a batch are shuffled: sums in another order.
-    torch.testing.assert_close(
-        callback.hypergradients["lr"], alone.hypergradients["lr"], rtol=1e-12, atol=0
-    )
+    callback = RTHO(["lr"], hyper_batch_size=3, outer_optimizer=None, **settings)
+    often = {"check_val_every_n_epoch": 1, "limit_val_batches": 2}
+    fit(Both(lr=0.1), callback, steps=12, train=train, val=both, **often)
+    batches = list(val)
+    alone = RTHO(["lr"], hyper_batch_size=3, outer_optimizer=None, dataloader=batches)
+    fit(SmallNet(lr=0.1), alone, steps=12, train=train, val=val)
+    found, expected = ([u.hypergradients["lr"] for u in c.schedule] for c in (callback, alone))
+    assert len(found) == 4
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)

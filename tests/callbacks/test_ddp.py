@@ -168,10 +168,11 @@ class EditsLate(Shared):
                 param.grad.mul_(0.9)
 
 
-def test_gradients_edited_in_any_step_are_found_out(tmp_path):
+@pytest.mark.parametrize("method", ["forward", "recompute"])
+def test_gradients_edited_in_any_step_are_found_out(method, tmp_path):
     strategy = DDPStrategy(start_method="spawn", process_group_backend="gloo")
     with pytest.raises(Exception, match="The gradient given to the optimizer is not the loss's"):
-        run("recompute", tmp_path / "two", 2, strategy, module_type=EditsLate)
+        run(method, tmp_path / "two", 2, strategy, module_type=EditsLate)
 
 
 def test_two_processes_replay_what_they_have_learned(tmp_path, monkeypatch):

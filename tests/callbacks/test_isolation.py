@@ -1,9 +1,11 @@
 """What runs in isolation leaves the module as it was."""
 
-from collections import deque
+import functools
+from collections import OrderedDict, deque
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torchmetrics
 from torch import nn
@@ -71,6 +73,10 @@ class Collecting(nn.Module):
         self.recent = deque([1.0], maxlen=3)
         self.counts = np.zeros(2)
         self.metrics = {"mean": torchmetrics.MeanMetric(), "all": [torchmetrics.CatMetric()]}
+        self.stats = {"sum": torch.zeros(1), "meter": Meter()}
+        self.stats["meter"].total = torch.zeros(1)
+        self.ordered = OrderedDict(a=1, b=2)
+        self.norms = [nn.BatchNorm1d(2)]
 
     def collect(self, value: float) -> None:
         self.nested["val"].append(value)
@@ -80,6 +86,11 @@ class Collecting(nn.Module):
         self.counts[0] += value
         self.metrics["mean"].update(value)
         self.metrics["all"][0].update(value)
+        self.stats["sum"].add_(value)
+        self.stats["meter"].total += value
+        self.ordered.pop("a", None)
+        self.ordered[value] = value
+        self.norms[0](torch.randn(4, 2))
 
     def collected(self) -> list[Any]:
         (all_,) = self.metrics["all"]
@@ -87,6 +98,8 @@ class Collecting(nn.Module):
             *(list(self.nested["val"]), set(self.nested["deep"][0]["seen"]), list(self.recent)),
             *(self.meter.total, list(self.meter.values), self.counts.tolist()),
             *(self.metrics["mean"].compute().item(), torch.as_tensor(all_.compute()).tolist()),
+            *(self.stats["sum"].item(), self.stats["meter"].total.item(), list(self.ordered)),
+            self.norms[0].num_batches_tracked.item(),
         ]
 
 
@@ -99,6 +112,73 @@ def test_what_lies_deeper_is_put_back():
         during = module.collected()
     assert all(one != other for one, other in zip(before, during, strict=True))
     assert module.collected() == before
+    module.ordered.popitem()  # it is whole, within, too
+
+
+class Output(OrderedDict):
+    """Refuses to be changed as some libraries' outputs do."""
+
+    def update(self, *args, **kwargs):
+        raise TypeError("an output is not changed")
+
+
+class Bare:
+    """Answers for attributes that it does not have, and has no dict of them."""
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> Any:
+        raise KeyError(name)
+
+
+class Node:
+    def __init__(self, following: Any) -> None:
+        self.following = following
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.broadcast_to(np.ones(3), (2, 3)),
+        Output(a=1),
+        Bare(),
+        functools.reduce(lambda node, _: Node(node), range(5000), None),
+    ],
+    ids=["read-only", "output", "slots", "chain"],
+)
+def test_what_cannot_be_written_to_does_no_harm(value):
+    module = nn.Linear(1, 1)
+    module.value = value
+    module.itself = [module]
+    with _preserved(module):
+        module.count = 1
+    assert module.value is value
+    assert not hasattr(module, "count")
+
+
+def test_what_is_unchanged_is_not_touched():
+    """As another thread may be at work on it."""
+
+    class Watched(list):
+        def clear(self):
+            raise AssertionError
+
+    module = Collecting()
+    module.seen = Watched([1, 2])
+    with _preserved(module):
+        module.meter(1.0)
+    assert module.seen == [1, 2]
+
+
+def test_what_a_data_set_holds_is_not_searched():
+    module = nn.Linear(1, 1)
+    module.samples = [{"seen": 0} for _ in range(20_000)]
+    with _preserved(module):
+        for sample in module.samples:
+            sample["seen"] += 1
+        module.samples.append({})
+    assert len(module.samples) == 20_000
+    assert all(sample == {"seen": 1} for sample in module.samples)
 
 
 def test_data_held_by_a_module_is_not_copied():
