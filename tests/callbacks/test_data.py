@@ -129,6 +129,20 @@ def test_one_of_several_validation_loaders_is_to_be_chosen(data):
     assert set(told) == {1}
 
 
+def test_a_step_that_takes_any_arguments_gets_those_that_lightning_gives(data):
+    train, val = (DataLoader(part, batch_size=BATCH) for part in data)
+    given = set()
+
+    class Any_(SmallNet):
+        def validation_step(self, *args, **kwargs):
+            given.add((len(args), *kwargs))
+            return super().validation_step(*args)
+
+    settings = {"train": train, "val": val, "check_val_every_n_epoch": 1}
+    fit(Any_(lr=0.1), RTHO(["lr"], hyper_batch_size=2), steps=10, **settings)
+    assert given == {(2,)}
+
+
 @pytest.mark.parametrize("is_given", [True, False])
 def test_batches_that_several_loaders_make_together(is_given, data):
     train, val = DataLoader(data[0], batch_size=BATCH), DataLoader(data[1], batch_size=3)

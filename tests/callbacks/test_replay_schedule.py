@@ -29,6 +29,7 @@ from lightning_rtho import (
 )
 from tests.callbacks.problems import FEATURES, SmallNet, fit
 from tests.callbacks.test_checkpoint import ResumableLoader
+from tests.callbacks.test_company import AVERAGES
 from tests.callbacks.test_manual import Adversarial, ByHand
 from tests.callbacks.test_schedulers import SCHEDULERS, Scheduled
 
@@ -182,6 +183,27 @@ def test_replay_goes_back_where_the_run_that_learned_did(method, case):
     replayed = LOST[case]()
     trainer = fit(replayed, ReplaySchedule(callback.schedule), steps=40)
     assert_bitwise(weights(replayed, trainer), expected)
+
+
+@pytest.mark.filterwarnings("ignore:At step")
+@pytest.mark.parametrize("name", AVERAGES)
+def test_replay_gives_the_averages_of_the_run_that_learned(name):
+    learning = RTHO(["lr"], hyper_batch_size=7)
+    learned, replayed = SmallNet(lr=1e6), SmallNet(lr=1e6)
+    settings = {"steps": 80, "max_epochs": 16}
+    fit(learned, learning, AVERAGES[name](), **settings)
+    fit(replayed, ReplaySchedule(learning.schedule), AVERAGES[name](), **settings)
+    for one, other in zip(learned.parameters(), replayed.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_velocity_that_torch_does_not_keep_is_in_a_checkpoint_of_the_end(tmp_path):
+    schedule = Schedule(start={"momentum": torch.tensor(0.0)})
+    callback = ReplaySchedule(schedule)
+    trainer = fit(SmallNet(lr=0.1), callback, steps=4)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    (state,) = torch.load(tmp_path / "end.ckpt", weights_only=True)["callbacks"].values()
+    assert [sorted(buffers) for buffers in state["derivative_buffers"]] == [["momentum_buffer"]] * 4
 
 
 @pytest.mark.filterwarnings("ignore:At step")
