@@ -172,7 +172,6 @@ class DifferentiableOptimizer(Optimizer):
 
     def overwritten_setting(self) -> str | None:
         """Return a tuned setting that someone else has written to, if there is one."""
-        self._take_in_groups()
         for site, value in zip(self._sites, self._written, strict=True):
             scheduled = site.setting == "lr" and self._schedulers
             if not scheduled and get_setting(self.param_groups[site.group], site.setting) != value:
@@ -208,6 +207,7 @@ class DifferentiableOptimizer(Optimizer):
         Returns:
             One transition for each parameter that has a gradient.
         """
+        self._take_in_groups()  # which the wrapped optimizer may have been given itself
         found, first = [], 0
         for number, group in enumerate(self.param_groups):
             tuned = {

@@ -84,7 +84,11 @@ class ValidationObjective:
         if metric is not None:
             metric.match(module)
         self._statistics = RunningStatistics(module)
-        loaders = _validation_loaders(trainer)
+        step = module.validation_step
+        self._tells_loader = is_param_in_hook_signature(step, "dataloader_idx", explicit=True)
+        # Making the trainer's loaders may be costly.
+        asks = dataloader is None or self._tells_loader
+        loaders = _validation_loaders(trainer) if asks else []
         source = _only(loaders) if dataloader is None else dataloader
         # What Lightning's own validation would tell the module of these batches.
         places = (i for i, loader in enumerate(loaders) if loader is source)
@@ -186,7 +190,7 @@ class ValidationObjective:
             args = [batch]
             if is_param_in_hook_signature(module.validation_step, "batch_idx", min_args=2):
                 args.append(batch_idx)
-            if is_param_in_hook_signature(module.validation_step, "dataloader_idx", explicit=True):
+            if self._tells_loader:
                 args.append(self._dataloader_idx)
             output = trainer.strategy.validation_step(*args)
             step = "validation_step"

@@ -69,7 +69,7 @@ def restore_snapshot(
         params: Its trained weights, each ``[*P]``.
         optimizers: Their optimizers.
     """
-    trained_by = {param: optimizer for optimizer in optimizers for param in optimizer.params}
+    trained_by = _trained_by(optimizers)
     with torch.no_grad():
         for param, value, state in zip(params, snapshot["params"], snapshot["states"], strict=True):
             param.copy_(value)
@@ -137,7 +137,7 @@ def write_derivative_buffers(
         params: The weights, each ``[*P]``.
         optimizers: Their optimizers.
     """
-    trained_by = {param: optimizer for optimizer in optimizers for param in optimizer.params}
+    trained_by = _trained_by(optimizers)
     for param, kept in zip(params, buffers, strict=True):
         if param in trained_by:
             trained_by[param].set_derivative_buffers(param, kept)
@@ -188,6 +188,13 @@ def _norm(tensors: Sequence[Tensor]) -> float:
         return 0.0
     length: float = torch.stack([tensor.norm() for tensor in tensors]).norm().item()
     return length
+
+
+def _trained_by(
+    optimizers: Sequence[DifferentiableOptimizer],
+) -> dict[Tensor, DifferentiableOptimizer]:
+    """Return the optimizer of each weight that has one."""
+    return {param: optimizer for optimizer in optimizers for param in optimizer.params}
 
 
 def _state_of(param: Tensor, optimizers: Sequence[DifferentiableOptimizer]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -127,6 +128,25 @@ def test_one_of_several_validation_loaders_is_to_be_chosen(data):
     told.clear()
     assert chosen(dataloader=twice) != found
     assert set(told) == {1}
+
+
+def test_the_trainers_own_loaders_are_not_made_where_nobody_asks_for_them(data):
+    train, val = (DataLoader(part, batch_size=BATCH) for part in data)
+    made = []
+
+    class Making(SmallNet):
+        def val_dataloader(self):
+            made.append(self.global_step)
+            return val
+
+    callback = RTHO(["lr"], hyper_batch_size=2, dataloader=val)
+    L.Trainer(
+        **{"accelerator": "cpu", "max_steps": 4, "callbacks": [callback], "logger": False},
+        **{"enable_checkpointing": False, "enable_progress_bar": False},
+        **{"num_sanity_val_steps": 0, "check_val_every_n_epoch": 1000},
+    ).fit(Making(lr=0.1), train)
+    assert len(callback.schedule) == 2
+    assert made == []
 
 
 def test_a_step_that_takes_any_arguments_gets_those_that_lightning_gives(data):
