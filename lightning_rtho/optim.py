@@ -265,6 +265,8 @@ class DifferentiableOptimizer(Optimizer):
         for transition in transitions:
             param = params[transition.index]
             unkept = self.rule_class.unkept_buffers(groups[transition.index])
+            if unkept and not getattr(transition.rule, "buffered", True):
+                continue  # nor does the derivative need them
             if unkept:
                 new_state = transition.rule(transition.state, transition.grad, transition.hyper)
                 self._derivative_buffers[param] = {

@@ -103,7 +103,8 @@ def rescale(
         for name in _LISTED_RATES:
             rates = getattr(scheduler, name, None)
             if rates is not None:
-                scaled = [float(rate) * r for rate, r in zip(rates, ratios, strict=True)]
+                # Torch does not tell them of groups that are added later.
+                scaled = [float(rate) * r for rate, r in zip(rates, ratios, strict=False)]
                 setattr(scheduler, name, scaled)
         if hasattr(scheduler, "eta_min"):
             scheduler.eta_min *= ratios[0]

@@ -156,6 +156,7 @@ class HypergradientCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse settings that cannot be followed."""
         if stage == "fit":
+            self._forget()
             callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
             if sum(isinstance(other, HypergradientCallback) for other in callbacks) > 1:
                 raise MisconfigurationException(
@@ -170,6 +171,11 @@ class HypergradientCallback(Callback):
                     "their updates again."
                 )
             check_outer_steps(pl_module, self._metric)
+
+    def _forget(self) -> None:
+        """Begin without what an earlier fit has left; Lightning then loads what it resumes from."""
+        self.schedule = Schedule()
+        self._resumed = self._ended = self._random_state = None
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -407,8 +413,12 @@ class HypergradientCallback(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until there are optimizers to apply it to."""
-        self._resumed = state_dict
+        """Keep the state until there are optimizers to apply it to.
+
+        That of a run that had not begun, as `LearningRateFinder` writes and reads it, says nothing.
+        """
+        has_begun = "run" in state_dict or state_dict["schedule"]["start"]
+        self._resumed = state_dict if has_begun else None
 
     def _take_back_values(self, state: dict[str, Any]) -> None:
         """Give the hyperparameters the values that they had."""
@@ -420,6 +430,8 @@ class HypergradientCallback(Callback):
             )
         for name, value in saved.items():
             tuned[name].assign(value)
+        if saved:  # in whose order everything else was written
+            self._tuned = {name: tuned[name] for name in saved}
 
     def _take_back_random_state(self, trainer: Trainer, state: dict[str, Any]) -> None:
         """Go on with the random numbers; a checkpoint holds those of one process."""
@@ -455,6 +467,14 @@ class HypergradientCallback(Callback):
                 f"The run has ended at step {trainer.global_step}, in its range test: its weights "
                 "are those of rates that were tried. Train for longer, or pass `safeguard=False`."
             )
+        self._end(trainer)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End a fit that made no step, since the run that it goes on with had been ended."""
+        if self._resumed is not None:
+            self.schedule = Schedule.from_state_dict(self._resumed["schedule"])
+            self._ended, self._resumed = self._resumed.get("run"), None
         self._end(trainer)
 
     def _end(self, trainer: Trainer) -> None:

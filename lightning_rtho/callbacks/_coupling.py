@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from lightning_rtho.hyperparameters import Hyperparameter
+from lightning_rtho.hyperparameters import Hyperparameter, Interval, NonNegative, Positive
 from lightning_rtho.optim import DifferentiableOptimizer
 from lightning_rtho.outer import Coordinates
 
@@ -32,8 +32,8 @@ def decoupled_coordinates(
     """Return raw coordinates in which learning rate and momentum do not get in each other's way.
 
     A rate is coupled to the ``momentum`` of its parameter groups, if that is one hyperparameter
-    that belongs to no other rate. Momentum and Adam's beta1, which does not change the length of a
-    lasting step, move less far than the others.
+    that belongs to no other rate, and if the rate cannot leave its domain by that. Momentum and
+    Adam's beta1, which does not change the length of a lasting step, move less far than the others.
 
     Args:
         hypers: The hyperparameters, each ``[*H]``.
@@ -50,9 +50,16 @@ def decoupled_coordinates(
         for hyper in (*momenta.values(), *optimizer.acting_as("beta1").values()):
             slow |= {positions[id(hyper)]} if id(hyper) in positions else set()
         for group in rates.keys() & momenta.keys():
-            rate, momentum = id(rates[group]), id(momenta[group])
-            if rate in positions and momentum in positions:
-                pairs.add((positions[rate], positions[momentum]))
+            rate, momentum = rates[group], momenta[group]
+            if {id(rate), id(momentum)} <= positions.keys() and _can_be_coupled(rate, momentum):
+                pairs.add((positions[id(rate)], positions[id(momentum)]))
     uses = Counter(position for pair in pairs for position in pair)
     couplings = sorted(pair for pair in pairs if all(uses[position] == 1 for position in pair))
     return Coordinates(hypers, couplings, slow)
+
+
+def _can_be_coupled(rate: Hyperparameter, momentum: Hyperparameter) -> bool:
+    """Tell whether a rate stays in its domain, whatever it and its momentum are moved to."""
+    within = momentum.domain
+    below_one = isinstance(within, Interval) and within.low >= 0 and within.high <= 1
+    return below_one and isinstance(rate.domain, Positive | NonNegative)

@@ -1,6 +1,7 @@
 """Running the user's code without leaving a trace in the training run."""
 
 import math
+import random
 from collections import OrderedDict, deque
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -69,13 +70,49 @@ def _silenced(trainer: Trainer, module: LightningModule) -> Iterator[None]:
         """Log nothing."""
 
     loggers = trainer.loggers
-    trainer.loggers = [DummyLogger() for _ in loggers]
+    trainer.loggers = [_Silent(logger) for logger in loggers]
     module.log = module.log_dict = discard  # type: ignore[method-assign]
     try:
         yield
     finally:
         del module.log, module.log_dict
         trainer.loggers = loggers
+
+
+class _Silent(DummyLogger):
+    """Logs nothing; tells where the logger writes whose place it takes.
+
+    Args:
+        logger: That logger.
+    """
+
+    def __init__(self, logger: Logger) -> None:
+        super().__init__()
+        self._logger = logger
+
+    @property
+    def log_dir(self) -> str | None:
+        """The logger's own, or else where it saves."""
+        found: str | None = getattr(self._logger, "log_dir", None) or self._logger.save_dir
+        return found
+
+    save_dir = log_dir  # which ``Trainer.log_dir`` asks a logger of another class for
+
+    @property
+    def root_dir(self) -> str | None:
+        """The logger's own."""
+        found: str | None = getattr(self._logger, "root_dir", None)
+        return found
+
+    @property
+    def name(self) -> str | None:  # type: ignore[override]
+        """The logger's own."""
+        return self._logger.name
+
+    @property
+    def version(self) -> int | str | None:  # type: ignore[override]
+        """The logger's own."""
+        return self._logger.version
 
 
 @contextmanager
@@ -104,6 +141,9 @@ def _preserved(module: nn.Module) -> Iterator[None]:
         copies = {k: v.clone() for k, v in namespace.items() if _is_state(v, largest)}
         namespace.update(copies)
     held.replace_tensors()
+    # Those of scripted modules are nowhere to be replaced.
+    scripted = [part for part in module.modules() if isinstance(part, torch.jit.ScriptModule)]
+    buffers = [(b, b.clone()) for part in scripted for b in part.buffers(recurse=False)]
     try:
         yield
     finally:
@@ -111,6 +151,9 @@ def _preserved(module: nn.Module) -> Iterator[None]:
             namespace.clear()
             namespace.update(values)
         held.put_back()
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
 
 
 class _Held:
@@ -153,6 +196,9 @@ class _Held:
             return ()
         if isinstance(value, tuple):
             return value
+        if isinstance(value, _GENERATORS):
+            self._contents.append((value, _state_of(value)))
+            return ()
         container = value
         if not isinstance(value, (list, dict, set, deque)):
             container = self._attributes(value)
@@ -192,6 +238,8 @@ class _Held:
             if isinstance(container, np.ndarray):
                 if not _is_same(container, content):
                     container[...] = content
+            elif isinstance(container, _GENERATORS):
+                _set_state(container, content)
             elif isinstance(container, dict):
                 _put_back(container, content)
             elif isinstance(container, set):
@@ -223,9 +271,27 @@ def _is_same(array: np.ndarray, other: np.ndarray) -> bool:
     return array.dtype != object and array.tobytes() == other.tobytes()
 
 
+def _state_of(generator: Any) -> Any:
+    """Return what a random generator will draw next depends on."""
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    """Let a random generator draw again what it drew from a state on."""
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.set_state(state)
+
+
 def _namespaces(module: nn.Module) -> list[dict[str, Any]]:
     """Return the dicts in which a module and its submodules keep attributes and buffers."""
-    return [space for part in module.modules() for space in (vars(part), part._buffers)]
+    spaces = [space for part in module.modules() for space in (vars(part), part._buffers)]
+    return [space for space in spaces if isinstance(space, dict)]  # scripted modules have others
 
 
 def _package(value: Any) -> str | None:
@@ -239,6 +305,9 @@ _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 _LIBRARIES = ("builtins", "lightning", "pytorch_lightning", "torch", "torchmetrics")
 """Where modules, but no meters come from."""
+
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+"""What draws random numbers of its own."""
 
 _LEAVES = (bool, int, float, complex, str, bytes, type(None), Tensor)
 """What holds nothing."""

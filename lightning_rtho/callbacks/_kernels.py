@@ -96,8 +96,9 @@ def is_compiled(module: nn.Module) -> bool:
     Returns:
         Whether it was.
     """
-    # Private: a module compiled in place by `module.compile()` shows it in no other way.
-    return any(
+    # Private: a module compiled in place by `module.compile()`, and one that Lightning took out of
+    # `torch.compile(module)`, show it in no other way.
+    return getattr(module, "_compiler_ctx", None) is not None or any(
         isinstance(layer, torch._dynamo.OptimizedModule) or layer._compiled_call_impl is not None
         for layer in module.modules()
     )

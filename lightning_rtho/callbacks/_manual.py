@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_rtho.linearization import ClipByNorm, ClipByValue, GradientClip
+from lightning_rtho.linearization import ClipByNorm, ClipByValue, GradientClip, graph_nodes
 from lightning_rtho.optim import DifferentiableOptimizer
 
 __all__ = ["ManualStep"]
@@ -88,12 +88,7 @@ class ManualStep:
         Raises:
             MisconfigurationException: If it was.
         """
-        nodes, seen = [loss.grad_fn], set()
-        while nodes:
-            node = nodes.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
+        for node in graph_nodes([loss]):
             for following, _ in node.next_functions:
                 weight = getattr(following, "variable", None)
                 if weight is not None and _number(node) < self._updated.get(weight, 0):
@@ -102,7 +97,6 @@ class ManualStep:
                         "weights it depends on, so its gradient is one of weights that are gone. "
                         "Compute the loss after that step."
                     )
-                nodes.append(following)
 
     def _clip_gradients(
         self,

@@ -19,7 +19,9 @@ def metrics_of(update: OuterUpdate) -> dict[str, float]:
     Returns:
         The scalars by name; NaN where they are not known.
     """
-    metrics = {"outer_objective": update.outer_objective, "sensitivity": update.sensitivity}
+    metrics = {"outer_objective": update.outer_objective}
+    if not math.isnan(update.sensitivity):
+        metrics["safeguard/sensitivity"] = update.sensitivity  # alone, the name is that of recall
     for kind, values in (
         ("hyperparameter", update.values),
         ("hypergradient", update.hypergradients),

@@ -89,6 +89,11 @@ class ValidationObjective:
         # Making the trainer's loaders may be costly.
         asks = dataloader is None or self._tells_loader
         loaders = _validation_loaders(trainer) if asks else []
+        if dataloader is None and trainer.limit_val_batches == 0:
+            raise MisconfigurationException(
+                "The outer objective needs validation data, but `Trainer(limit_val_batches=0)` "
+                "turns them off. Give the callback `dataloader=...`, or leave some batches."
+            )
         source = _only(loaders) if dataloader is None else dataloader
         # What Lightning's own validation would tell the module of these batches.
         places = (i for i, loader in enumerate(loaders) if loader is source)
@@ -163,8 +168,9 @@ class ValidationObjective:
         """Return a batch as Lightning hands it to a step."""
         batch = self._trainer.precision_plugin.convert_input(batch)
         # Private: the one way to call the hook where it is defined, on module or data module.
-        batch = self._module._on_before_batch_transfer(batch, dataloader_idx=0)
-        return self._trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        number = self._dataloader_idx
+        batch = self._module._on_before_batch_transfer(batch, dataloader_idx=number)
+        return self._trainer.strategy.batch_to_device(batch, dataloader_idx=number)
 
     def _predict(self, batch: Any, batch_idx: int) -> tuple[Any, Any]:
         """Predictions and targets of one batch."""

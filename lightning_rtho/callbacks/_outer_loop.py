@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
@@ -75,8 +76,20 @@ class OuterLoop:
         return self.descent is not None and self.descent.is_climbing
 
     def try_objective(self) -> None:
-        """Evaluate the outer objective once, so that its errors come before a weight moves."""
-        self._evaluate(peek=True)
+        """Evaluate the outer objective once, so that its errors come before a weight moves.
+
+        Raises:
+            MisconfigurationException: If nothing that the run moves has a part in it.
+        """
+        outer, trained = self._evaluate(peek=True), set(self.run.trained)
+        weights = zip(self.run.method.params, outer.params, strict=True)
+        parts = [gradient for weight, gradient in weights if weight in trained]
+        if all(part is None for part in (*parts, *outer.hypers, *outer.statistics)):
+            raise MisconfigurationException(
+                "The outer objective depends on no weight that the optimizer trains, as where "
+                "`validation_step` evaluates an average of the weights: hypergradients would be 0. "
+                "Define `outer_step(batch, batch_idx)` that evaluates the trained weights."
+            )
 
     def begin(self) -> None:
         """Let the state in which a run begins be one to go back to."""

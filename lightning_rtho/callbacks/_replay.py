@@ -1,5 +1,6 @@
 """Computing the loss of a past micro-batch again."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,8 +10,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import move_data_to_device
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lightning_rtho.callbacks._bystanders import Bystander, standing_at
 from lightning_rtho.callbacks._isolation import isolated
 from lightning_rtho.callbacks._kernels import twice_differentiable_kernels
 from lightning_rtho.callbacks._random import read_random_state, write_random_state
@@ -76,6 +79,14 @@ def _is_plain(tree: Any) -> bool:
     return type(tree) in (Tensor, int, float, str, bool, type(None))
 
 
+def _copied(batch: Any) -> Any:
+    """Copy what holds the tensors of a batch, which a step may change, but no tensor."""
+    copied = apply_to_collection(batch, Tensor, lambda tensor: tensor)
+    if copied is batch and not isinstance(batch, Tensor) and hasattr(batch, "__dict__"):
+        return copy.copy(batch)
+    return copied
+
+
 class TrainingStepReplay:
     """What a ``training_step`` depended on, apart from the weights, so that it can run again.
 
@@ -85,6 +96,7 @@ class TrainingStepReplay:
         batch: The batch on its device.
         batch_idx: Its index in the epoch.
         statistics: The running statistics of the module.
+        bystanders: Weights that no optimizer trains but that something moves.
         is_sample: Whether the batch holds a part of the examples alone.
     """
 
@@ -95,13 +107,15 @@ class TrainingStepReplay:
         batch: Any,
         batch_idx: int,
         statistics: RunningStatistics,
+        bystanders: list[Bystander],
         *,
         is_sample: bool = False,
     ) -> None:
         self.is_sample = is_sample
+        self._bystanders = bystanders
         self._trainer, self._module = trainer, module
         self._statistics = statistics
-        self._args = [batch]
+        self._args = [_copied(batch)]
         if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2):
             self._args.append(batch_idx)
         self._scale = loss_scale(trainer)
@@ -125,6 +139,7 @@ class TrainingStepReplay:
             "random_state": self._random_state,
             "progress": [self._progress.global_step, self._progress.epoch],
             "buffers": [[*name, buffer] for name, (_, buffer) in self._buffers.items()],
+            "bystanders": [[*bystander] for bystander in self._bystanders],
         }
 
     @classmethod
@@ -152,6 +167,7 @@ class TrainingStepReplay:
         replay._args = move_data_to_device(state["args"], trainer.strategy.root_device)
         replay._scale, replay._accumulated = state["scale"], state["accumulated"]
         replay._random_state = state["random_state"]
+        replay._bystanders = [Bystander(*bystander) for bystander in state["bystanders"]]
         replay._progress = _Progress(trainer, *state["progress"])
         replay._buffers = {
             (namespace, name): (-1, buffer.to(trainer.strategy.root_device))
@@ -172,6 +188,7 @@ class TrainingStepReplay:
         with (
             isolated(trainer, module, RunningStage.TRAINING),
             self._progress.restored(),
+            standing_at(self._bystanders, module),
             twice_differentiable_kernels(module),
         ):
             write_random_state(self._random_state)
@@ -179,7 +196,8 @@ class TrainingStepReplay:
             for (namespace, name), (_, buffer) in self._buffers.items():
                 submodules[namespace]._buffers[name] = buffer.clone()
             self._statistics.start()
-            output: Any = trainer.strategy.training_step(*self._args)
+            batch, *index = self._args
+            output: Any = trainer.strategy.training_step(_copied(batch), *index)
             loss = output["loss"] if isinstance(output, dict) else output
             loss = loss / self._accumulated * self._scale
             return TracedLoss(loss, self._statistics.collect(), self._scale)

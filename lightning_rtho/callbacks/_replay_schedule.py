@@ -296,6 +296,12 @@ class ReplaySchedule(Callback):
         """Give the optimizers back."""
         self._end(trainer)
 
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End a fit that made no step, since the run that it goes on with had been ended."""
+        self._resumed_step = None
+        self._end(trainer)
+
     def _end(self, trainer: Trainer) -> None:
         if self._optimizers:
             trainer.optimizers = [optimizer.optimizer for optimizer in self._optimizers]

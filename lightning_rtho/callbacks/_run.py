@@ -14,9 +14,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_rtho.callbacks._bystanders import MovingBystanders
 from lightning_rtho.callbacks._checks import refusals_explained
 from lightning_rtho.callbacks._curvature import CurvatureSample
 from lightning_rtho.callbacks._detached import DetachedWeights
+from lightning_rtho.callbacks._hand_over import GradientHandOver
 from lightning_rtho.callbacks._kernels import (
     twice_differentiable_kernels,
     warn_of_eager_steps,
@@ -24,7 +26,6 @@ from lightning_rtho.callbacks._kernels import (
 from lightning_rtho.callbacks._manual import ManualStep
 from lightning_rtho.callbacks._replay import TrainingStepReplay, loss_scale
 from lightning_rtho.callbacks._snapshot import read_derivative_buffers, write_derivative_buffers
-from lightning_rtho.dynamics import Transition
 from lightning_rtho.hypergradient import AbstractHypergradient, OptimizerStep, Recollection
 from lightning_rtho.hyperparameters import Hyperparameter
 from lightning_rtho.linearization import (
@@ -72,12 +73,10 @@ class FollowedRun:
         self.steps = self._skipped_steps = 0
         self._recorded = self._is_advancing = False
         self._statistics = RunningStatistics(module)
+        self._bystanders = MovingBystanders(module, self.method.params)
         self._clip = _clip(trainer)
         self._raw_grads: dict[Tensor, Tensor] = {}
-        self._handed_over: list[Tensor] = []
-        self._versions: dict[Tensor, int] = {}
-        self._shares_gradients = False
-        self._is_written_to: bool | None = None  # gradients, by someone else, in the first step
+        self._hand_over = GradientHandOver(module)
         self._manual = None if module.automatic_optimization else ManualStep(module)
         self._following = self._resting = self._warned_of_freezing = False
         self._live: set[Tensor] = set()
@@ -93,7 +92,7 @@ class FollowedRun:
         warn_of_eager_steps(module)
 
     @property
-    def _trained(self) -> list[Tensor]:
+    def trained(self) -> list[Tensor]:
         """The weights that the optimizers have now."""
         return [param for optimizer in self._optimizers for param in optimizer.params]
 
@@ -113,6 +112,8 @@ class FollowedRun:
             self._take_in_parameters()
             self.method.start(self._module.buffers())
             if self.method.needs_replay:
+                if self._bystanders.have_set_out():  # steps so far stand for other weights
+                    self.method.reset()
                 self._replay = self._prepare_replay(batch, batch_idx)
             else:
                 self._forward_context.enter_context(twice_differentiable_kernels(self._module))
@@ -121,7 +122,7 @@ class FollowedRun:
                 self._manual.start()
             if not self._watched:
                 self._watched = True
-                moving = [param for param in self._trained if param.requires_grad]
+                moving = [param for param in self.trained if param.requires_grad]
                 self._watch.enter_context(DetachedWeights(moving))
 
     def _prepare_replay(self, batch: Any, batch_idx: int) -> TrainingStepReplay:
@@ -132,6 +133,7 @@ class FollowedRun:
             self._module,
             batch_idx=batch_idx,
             statistics=self._statistics,
+            bystanders=self._bystanders.copy(self._trainer.global_step),
         )
         if self._sample is None:
             return replay(batch=batch)
@@ -145,9 +147,10 @@ class FollowedRun:
     def _take_in_parameters(self) -> None:
         """Take in parameters that the optimizer has been given since."""
         known = set(self.method.params)
-        added = [param for param in self._trained if param not in known]
+        added = [param for param in self.trained if param not in known]
         if added:
             self.method.extend(added)
+            self._bystanders.forget(added)
 
     def _rest_if_weights_were_frozen(self) -> None:
         """Begin anew after this step if it no longer trains weights that depend on the past."""
@@ -199,22 +202,16 @@ class FollowedRun:
                 if gradient is not None
                 and (self._manual is None or self._manual.takes_gradient(param))
             ]
-            self._shares_gradients = self._may_share_gradients() and all(
-                _fits(param, gradient) for param, gradient in pairs
-            )
-            hand_over = _share if self._shares_gradients else _accumulate
-            self._module.backward = partial(hand_over, pairs)  # type: ignore[method-assign]
-            self._handed_over = [param for param, _ in pairs]
+            self._hand_over.give(pairs, may_share=self._may_share_gradients(scale))
 
-    def _may_share_gradients(self) -> bool:
-        """Tell whether nothing is known that writes to gradients or adds to them."""
+    def _may_share_gradients(self, scale: float) -> bool:
+        """Tell whether nothing is known that adds to the gradients of a loss or changes them."""
         return (
-            self._is_written_to is False
-            and self._manual is None
+            self._manual is None
             and self._clip is None
             and self._trainer.world_size == 1
             and self._trainer.accumulate_grad_batches == 1
-            and loss_scale(self._trainer) == 1
+            and scale == 1
             and not is_overridden("optimizer_zero_grad", self._module)
         )
 
@@ -247,11 +244,7 @@ class FollowedRun:
 
     def after_backward(self) -> None:
         """Give backward back to the module."""
-        vars(self._module).pop("backward", None)
-        for param in self._handed_over:
-            if param.grad is not None:
-                self._versions[param] = param.grad._version
-        self._handed_over = []
+        self._hand_over.end_backward()
         for hyper in self._tuned.values():
             hyper.grad = None
 
@@ -265,10 +258,12 @@ class FollowedRun:
             }
 
     def after_batch(self) -> None:
-        """End what lasts as long as a training step that calls its optimizers by hand."""
-        if self._following and self._manual is not None:
-            self._forward_context.close()
+        """End what lasts as long as a training step, which may have returned no loss."""
+        self._watch.close()
+        self._forward_context.close()
+        if self._following:
             self._statistics.collect()
+        if self._following and self._manual is not None:
             self._manual.stop()
             self._refuse_unseen()
 
@@ -313,7 +308,7 @@ class FollowedRun:
             raw,
             clip,
             self._trainer.global_step,
-            is_traced=self._are_gradients_traced(followed),
+            is_traced=self._hand_over.are_traced([trained[t.index] for t in transitions]),
         )
         self._is_advancing = True
         with refusals_explained():
@@ -327,21 +322,7 @@ class FollowedRun:
     def _after_update(self) -> None:
         """Note that the step that the method knows has been made."""
         self._is_advancing = False
-
-    def _are_gradients_traced(self, transitions: Sequence[Transition]) -> bool | None:
-        """See :attr:`OptimizerStep.is_traced`."""
-        versions, self._versions = self._versions, {}
-        is_written_to = any(
-            param.grad is None or param.grad._version != version
-            for param, version in versions.items()
-        )
-        if self._is_written_to is None:
-            self._is_written_to = is_written_to
-        if not self._shares_gradients:
-            return None
-        if is_written_to:
-            return False
-        return True if all(self.method.params[t.index] in versions for t in transitions) else None
+        self._hand_over.after_update()
 
     def _record_statistics(self) -> None:
         """Record forward passes that no backward pass has followed, before their weights move."""
@@ -463,39 +444,6 @@ def _columns(tuned: Mapping[str, Hyperparameter]) -> dict[int, int]:
         columns[id(hyper)] = entry
         entry += hyper.numel()
     return columns
-
-
-def _accumulate(
-    pairs: Sequence[tuple[Tensor, Tensor]], loss: Tensor, *args: Any, **kwargs: Any
-) -> None:
-    """Stand in for ``LightningModule.backward`` where the gradients are known already."""
-    restricted = sorted({"gradient", "inputs"} & kwargs.keys())
-    if args or restricted:
-        raise MisconfigurationException(
-            f"`manual_backward` got `{restricted[0] if restricted else 'gradient'}`, which cannot "
-            "be followed. Scale the loss, or toggle the optimizer whose weights shall move."
-        )
-    if pairs:
-        params, gradients = zip(*pairs, strict=True)
-        torch.autograd.backward(params, gradients)
-
-
-def _fits(param: Tensor, gradient: Tensor) -> bool:
-    """Tell whether a gradient may be what autograd would make of it, without a copy."""
-    return (
-        param.grad is None
-        and gradient.stride() == param.stride()
-        and gradient.dtype == param.dtype
-        and gradient.device == param.device
-        # Private: torch tells in no other way that someone waits for gradients.
-        and not getattr(param, "_post_accumulate_grad_hooks", None)
-    )
-
-
-def _share(pairs: Sequence[tuple[Tensor, Tensor]], loss: Tensor, *args: Any, **kwargs: Any) -> None:
-    """Stand in for ``LightningModule.backward`` as :func:`_accumulate`, without copies."""
-    for param, gradient in pairs:
-        param.grad = gradient
 
 
 def _clip(trainer: Trainer) -> GradientClip | None:

@@ -36,6 +36,11 @@ def select_hyperparameters(
             its start value is outside its domain.
     """
     declared = declared_hyperparameters(module)
+    if selection is not None and not selection:
+        raise MisconfigurationException(
+            f"`hyperparameters` must name at least one, got {selection!r}. Leave it out to tune "
+            "all that the module declares."
+        )
     if selection is None:
         if not declared:
             raise MisconfigurationException(

@@ -180,7 +180,7 @@ def read_hypers(rule: type[UpdateRule], group: Mapping[str, Any], device: torch.
     for name in rule.domains:
         value = get_setting(group, name)
         if isinstance(value, Tensor):
-            hyper[name] = sent_to(device, value.detach().reshape(()))
+            hyper[name] = sent_to(device, value.detach().clone().reshape(()))  # may be written to
         else:
             hyper[name] = sent_to(device, torch.tensor(value, dtype=exact))
     return hyper
@@ -203,5 +203,5 @@ def read_state(rule: type[UpdateRule], optimizer: Optimizer, param: Tensor) -> S
     for name in rule.buffers:
         value = buffers.get(name)
         if value is not None:  # torch keeps step counts on the CPU
-            state[name] = value.to(param.device).to_dense()  # SGD's velocity may be sparse
+            state[name] = sent_to(param.device, value).to_dense()  # SGD's velocity may be sparse
     return state

@@ -10,8 +10,10 @@ from lightning_rtho.hypergradient._base import (
 )
 from lightning_rtho.hypergradient._cost import Cost, forward_cost, reverse_cost
 from lightning_rtho.hypergradient._forward import ForwardHypergradient
+from lightning_rtho.hypergradient._keep_graph import KeepGraph
+from lightning_rtho.hypergradient._recompute import Offload, Recompute
 from lightning_rtho.hypergradient._reverse import ReverseHypergradient
-from lightning_rtho.hypergradient._tape import KeepGraph, Offload, Recompute, Tape
+from lightning_rtho.hypergradient._tape import Tape
 
 __all__ = [
     "AbstractHypergradient",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_rtho._numerics import are_finite
-from lightning_rtho._types import Hypers, StateTangent
+from lightning_rtho._types import Hypers
 from lightning_rtho.distributed import mean_over_ranks
 from lightning_rtho.dynamics import Transition
 from lightning_rtho.hypergradient._base import (
@@ -21,13 +21,12 @@ from lightning_rtho.hypergradient._base import (
     add,
     edited,
 )
+from lightning_rtho.hypergradient._tangents import Tangents, combined
 from lightning_rtho.linearization import (
     Linearization,
-    StatisticUpdate,
     TracedLoss,
     cohort_jvp,
     cohorts,
-    is_large,
     load_forward_mode,
 )
 
@@ -87,8 +86,7 @@ class ForwardHypergradient(AbstractHypergradient):
 
     def reset(self) -> None:
         """See :meth:`AbstractHypergradient.reset`."""
-        self.tangents: list[StateTangent] = [{} for _ in self.params]
-        self.statistic_tangents: dict[int, Tensor] = {}
+        self.tangents = Tangents(self.params, self.entries, self._dtype)
         self._grads: list[Tensor | None] = [None] * len(self.params)
         self._grads_dot: list[Tensor | None] = [None] * len(self.params)
         self._pending: Linearization | None = None
@@ -100,29 +98,18 @@ class ForwardHypergradient(AbstractHypergradient):
     def extend(self, params: Sequence[Tensor]) -> None:
         """See :meth:`AbstractHypergradient.extend`; their tangents are zero."""
         super().extend(params)
-        self.tangents += [{} for _ in params]
+        self.tangents.extend(params)
         self._grads += [None] * len(params)
         self._grads_dot += [None] * len(params)
 
     def state_dict(self) -> dict[str, Any]:
         """See :meth:`AbstractHypergradient.state_dict`; Z."""
-        return {
-            "tangents": self.tangents,
-            "statistic_tangents": self.statistic_tangents,
-            "is_discounted": self._is_discounted,
-        }
+        return {**self.tangents.state_dict(), "is_discounted": self._is_discounted}
 
     def load_state_dict(self, state: dict[str, Any], recollection: Recollection) -> None:
         """See :meth:`AbstractHypergradient.load_state_dict`."""
         self.reset()
-        self.tangents = [
-            {name: self._kept(value.to(param.device)) for name, value in tangent.items()}
-            for tangent, param in zip(state["tangents"], self.params, strict=True)
-        ]
-        device = self.params[0].device
-        self.statistic_tangents = {
-            buffer: value.to(device) for buffer, value in state["statistic_tangents"].items()
-        }
+        self.tangents.load_state_dict(state)
         self._is_discounted = state["is_discounted"]
 
     def forget_gradients(self, indices: Iterable[int]) -> None:
@@ -143,7 +130,7 @@ class ForwardHypergradient(AbstractHypergradient):
         """See :meth:`AbstractHypergradient.record`; adds to g_dot = H Z + dg/dlambda."""
         self._settle()
         if self.discount != 1 and not self._is_discounted:
-            self._discount_history()
+            self.tangents.discount(self.discount)
         self._is_discounted = True
         if replay is not None and self.needs_replay:
             self._replay = replay  # until backward has let the loss's graph go
@@ -193,13 +180,9 @@ class ForwardHypergradient(AbstractHypergradient):
         products = []
         if self._pending is not None:
             for entry in columns:
-                params = [
-                    t["param"][entry].to(param.dtype) if t else None
-                    for t, param in zip(self.tangents, self.params, strict=True)
-                ]
                 products.append(
                     self._pending.product(
-                        params,
+                        self.tangents.along(entry),
                         self._unit_vector(entry),
                         wrt_hypers=False,
                         last=entry == self.entries - 1,
@@ -208,7 +191,7 @@ class ForwardHypergradient(AbstractHypergradient):
             for position, update in enumerate(self._pending.updates):
                 parts = [product.statistics[position] for product in products]
                 new = _stack(parts, like=update.statistic)
-                self._advance_statistic(update, columns, new)
+                self.tangents.advance_statistic(update, columns, new)
         found: list[Tensor | None] = []
         for index, (param, known) in enumerate(zip(self.params, self._grads_dot, strict=True)):
             part = None if known is None else known[columns.start : columns.stop]
@@ -216,34 +199,6 @@ class ForwardHypergradient(AbstractHypergradient):
                 add(part, _stack([product.params[index] for product in products], like=param))
             )
         return found
-
-    def _discount_history(self) -> None:
-        if self.discount == 0:  # and no products with zeros
-            self.tangents = [{} for _ in self.params]
-            self.statistic_tangents = {}
-            return
-        self.tangents = [
-            {name: self.discount * value for name, value in tangent.items()}
-            for tangent in self.tangents
-        ]
-        self.statistic_tangents = {
-            buffer: self.discount * value for buffer, value in self.statistic_tangents.items()
-        }
-
-    def _advance_statistic(
-        self, update: StatisticUpdate, columns: range, new: Tensor | None
-    ) -> None:
-        """Push tangents through a running average: r_dot <- (1 - f) r_dot + f s_dot."""
-        whole = self.statistic_tangents.get(update.buffer)
-        if whole is None:
-            if new is None:
-                return
-            whole = new.new_zeros(self.entries, *new.shape[1:])
-            self.statistic_tangents[update.buffer] = whole
-        part = whole[columns.start : columns.stop]
-        part *= 1 - update.factor
-        if new is not None:
-            part += update.factor * new
 
     def _unit_vector(self, entry: int) -> list[Tensor | None]:
         """Direction of one hyperparameter entry: one tensor ``[*H]`` a hyperparameter."""
@@ -283,30 +238,13 @@ class ForwardHypergradient(AbstractHypergradient):
             transitions = [step.transitions[i] for i in positions]
             new_tangents = cohort_jvp(
                 transitions,
-                [self._state_dot(transition, columns) for transition in transitions],
+                [self.tangents.of_state(transition, columns) for transition in transitions],
                 [grads_dot[i] for i in positions],
                 self._hyper_dot(transitions[0], columns),
                 keep,
             )
             for transition, new in zip(transitions, new_tangents, strict=True):
-                self._write(transition.index, columns, new)
-
-    def _write(self, index: int, columns: range, new: StateTangent) -> None:
-        """Write some columns of a parameter's tangent."""
-        if len(columns) == self.entries:
-            self.tangents[index] = {name: self._kept(value) for name, value in new.items()}
-            return
-        whole = self.tangents[index]
-        for name, value in new.items():
-            if name not in whole:
-                whole[name] = self._kept(value[:0]).new_zeros(self.entries, *value.shape[1:])
-            part = whole[name][columns.start : columns.stop]
-            if part.data_ptr() != value.data_ptr():  # unless it was written in place
-                part.copy_(value)
-
-    def _kept(self, tangent: Tensor) -> Tensor:
-        """Return a tangent as it is kept; counts ``[m]`` stay as they are."""
-        return tangent if self._dtype is None or tangent.dim() < 2 else tangent.to(self._dtype)
+                self.tangents.write(transition.index, columns, new)
 
     def _end_step(self, step: OptimizerStep) -> None:
         """Forget the gradients that the step has used."""
@@ -330,16 +268,6 @@ class ForwardHypergradient(AbstractHypergradient):
         means = [mean for mean in mean_over_ranks(local, like=local) if mean is not None]
         return means if step.clip is None else step.clip.jvp(step.raw_grads, means)
 
-    def _state_dot(self, transition: Transition, columns: range) -> StateTangent:
-        """Columns of the tangent of a parameter's state, each tensor ``[len(columns), ...]``."""
-        known = self.tangents[transition.index]
-        return {
-            name: known[name][columns.start : columns.stop].to(value.dtype)
-            if name in known
-            else value.new_zeros(len(columns), *value.shape)
-            for name, value in transition.state.items()
-        }
-
     def _hyper_dot(self, transition: Transition, columns: range) -> Hypers:
         """Tangents of a parameter's tuned settings, each ``[len(columns)]``."""
         return {
@@ -361,19 +289,8 @@ class ForwardHypergradient(AbstractHypergradient):
                 "manual optimization call `self.manual_backward`, clip by `self.clip_gradients`, "
                 "and clear gradients after each step."
             )
-        total = self._flat(outer.hypers)
-        tangents = self.weight_tangents()
-        statistics = [self.statistic_tangents.get(i) for i in range(len(outer.statistics))]
-        for tangent, gradient in zip(
-            [*tangents, *statistics], [*outer.params, *outer.statistics], strict=True
-        ):
-            if tangent is not None and gradient is not None:
-                vector = gradient.flatten()
-                for columns in self._chunks():
-                    part = tangent[columns.start : columns.stop].reshape(len(columns), -1)
-                    products = part.to(vector.dtype) @ vector
-                    total[columns.start : columns.stop] += products.to(total)
-        return total
+        from_weights = self.tangents.pulled_back(outer.params, outer.statistics, self._chunks())
+        return self._flat(outer.hypers) + from_weights
 
     @property
     def keeps_history(self) -> bool:
@@ -389,37 +306,22 @@ class ForwardHypergradient(AbstractHypergradient):
         """
         self._settle()
         change = torch.linalg.solve(new.T, old.T)
-        for tangent in self.tangents:
-            for name, part in tangent.items():
-                # In place where it is advanced so; what is small may be expanded from few numbers.
-                if is_large(part[0]):
-                    _combine_rows(change, part)
-                else:
-                    tangent[name] = _combined(change, part)
-        for buffer, part in self.statistic_tangents.items():
-            self.statistic_tangents[buffer] = _combined(change, part)
+        self.tangents.combine(change)
         self._grads_dot = [
-            None if part is None else _combined(change, part) for part in self._grads_dot
+            None if part is None else combined(change, part) for part in self._grads_dot
         ]
 
     def weight_tangents(self) -> list[Tensor | None]:
         """See :meth:`AbstractHypergradient.weight_tangents`; the part of Z that is the weights'."""
-        return [tangent.get("param") for tangent in self.tangents]
+        return self.tangents.of_weights()
 
     def sensitivity(self, slopes: Tensor) -> float:
         """See :meth:`AbstractHypergradient.sensitivity`; infinite where Z is not finite."""
-        norms = [
-            tangent.reshape(self.entries, -1).norm(
-                dim=1, dtype=torch.promote_types(tangent.dtype, torch.float32)
-            )
-            for tangent in self.weight_tangents()
-            if tangent is not None
-        ]
         weights = [param.detach().norm() for param in self.params]
         size = torch.stack(weights).norm().item()
-        if not norms or size == 0:
+        if size == 0:
             return 0.0
-        largest = (torch.stack(norms).norm(dim=0).to(slopes) * slopes).max().item() / size
+        largest = (self.tangents.lengths(like=slopes) * slopes).max().item() / size
         return math.inf if math.isnan(largest) else largest
 
 
@@ -430,31 +332,6 @@ def _stack(columns: Sequence[Tensor | None], like: Tensor) -> Tensor | None:
     if len(columns) == 1 and columns[0] is not None:
         return columns[0].detach()[None]
     return torch.stack([torch.zeros_like(like) if c is None else c for c in columns]).detach()
-
-
-def _combined(weights: Tensor, rows: Tensor) -> Tensor:
-    """Return ``weights @ rows`` for weights ``[k, m]`` and rows ``[m, ...]``."""
-    exact = torch.promote_types(rows.dtype, torch.float32)
-    combined: Tensor = torch.tensordot(weights.to(rows.device, exact), rows.to(exact), dims=1)
-    return combined.to(rows)
-
-
-def _combine_rows(weights: Tensor, rows: Tensor) -> None:
-    """Overwrite large rows ``[m, ...]`` by ``weights @ rows``; many weights are those of I."""
-    exact = torch.promote_types(rows.dtype, torch.float32)
-    lines = [{i: w for i, w in enumerate(line) if w != 0} for line in weights.tolist()]
-    combined = {}  # of several rows, or of another, while all are what they were
-    for row, line in enumerate(lines):
-        if line.keys() != {row}:
-            (first, weight), *others = line.items()  # regular, so there is one
-            combined[row] = weight * rows[first].to(exact)
-            for other, weight in others:
-                combined[row].add_(rows[other], alpha=weight)
-    for row, line in enumerate(lines):
-        if row in combined:
-            rows[row].copy_(combined[row])
-        elif line[row] != 1:
-            rows[row].mul_(line[row])
 
 
 def _one_hot(position: int, size: int, like: Tensor) -> Tensor:

@@ -102,8 +102,9 @@ class ReverseHypergradient(AbstractHypergradient):
                     # Products with what was not finite before are not the fault of this step.
                     self._note(recorded.step, is_finite, products | ~are_finite(grads_bar))
                 del recorded, grads_bar  # before the tape makes the next
-        finally:  # a window that cannot be read ends, too
-            self.reset()
+        finally:
+            if len(self.tape):  # a window that cannot be read ends, too
+                self.tape.clear()
         return total
 
     def _pull_back_update(

@@ -4,6 +4,7 @@ from lightning_rtho.linearization._clipping import ClipByNorm, ClipByValue, Grad
 from lightning_rtho.linearization._cohort import cohort_jvp, cohorts
 from lightning_rtho.linearization._fused import fused_step_jvp, fused_step_vjp, is_large
 from lightning_rtho.linearization._gradient import Linearization
+from lightning_rtho.linearization._graph import graph_nodes
 from lightning_rtho.linearization._statistics import (
     RunningStatistics,
     StatisticUpdate,
@@ -24,6 +25,7 @@ __all__ = [
     "cohorts",
     "fused_step_jvp",
     "fused_step_vjp",
+    "graph_nodes",
     "is_large",
     "load_forward_mode",
     "step_jvp",

@@ -1,13 +1,14 @@
 """The gradient of one loss and products with its Hessian, from the loss's own graph."""
 
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any, NamedTuple, final
+from collections.abc import Collection, Sequence
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lightning_rtho._numerics import differ
+from lightning_rtho.linearization._graph import graph_nodes
 from lightning_rtho.linearization._statistics import TracedLoss
 from lightning_rtho.linearization._stop_gradient import stops_gradient, value_dependence
 
@@ -90,7 +91,7 @@ class Linearization:
             [seed, *(u for _, u in pairs)],
             create_graph=True,
         )
-        nodes = {node.name() for node in _nodes(gradients)}
+        nodes = {node.name() for node in graph_nodes(gradients)}
         _check_twice_differentiable(nodes)
         self._is_symmetric = not stops_gradient(nodes)
         outputs = [*gradients, *statistics]  # the derivative of L + <u, s> by u is s
@@ -98,7 +99,12 @@ class Linearization:
         self._outputs = [
             get_gradient_edge(y) if y is not None and y.requires_grad else None for y in outputs
         ]
-        self.scaled_gradients = [g if g is None else g.detach() for g in gradients[: len(params)]]
+        # A weight that only statistics depend on has a gradient of zeros by now, not none.
+        used = _leaves(loss.value) if pairs else {id(param) for param in params}
+        self.scaled_gradients = [
+            gradient.detach() if gradient is not None and id(param) in used else None
+            for param, gradient in zip(params, gradients, strict=False)
+        ]
 
     @property
     def gradients(self) -> list[Tensor | None]:
@@ -232,6 +238,12 @@ class Linearization:
         )
 
 
+def _leaves(value: Tensor) -> set[int]:
+    """Return the ``id`` of every leaf that a value depends on, itself included."""
+    leaves = (getattr(node, "variable", None) for node in graph_nodes([value]))
+    return {id(value), *(id(leaf) for leaf in leaves if leaf is not None)}
+
+
 def _check_twice_differentiable(nodes: Collection[str]) -> None:
     """Refuse what torch marks as an error in the graph but, for want of an edge, never reaches."""
     if "torch::autograd::Error" in nodes:
@@ -240,19 +252,6 @@ def _check_twice_differentiable(nodes: Collection[str]) -> None:
             "marked `once_differentiable`: its part of the hypergradient would be lost without "
             "a word. Write it in differentiable torch operations."
         )
-
-
-def _nodes(tensors: Sequence[Tensor | None]) -> Iterator[Any]:
-    """Yield every node of the graphs of some tensors."""
-    nodes = [tensor.grad_fn for tensor in tensors if tensor is not None]
-    seen = set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        yield node
-        seen.add(node)
-        nodes += [following for following, _ in node.next_functions]
 
 
 def _gradients(

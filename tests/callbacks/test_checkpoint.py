@@ -482,3 +482,25 @@ def test_values_are_in_a_checkpoint_written_after_the_fit(tmp_path):
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     (state,) = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"].values()
     assert state["hyperparameters"] == callback.hyperparameters
+
+
+@pytest.mark.parametrize("make", [RTHO, TRHO])
+def test_hyperparameters_may_be_named_in_another_order(make, tmp_path):
+    names, found = ["lr", "weight_decay"], []
+    for order, folder in ((names, "rest"), (names[::-1], "turned")):
+        module = SmallNet(optim.SGD, lr=0.1, momentum=0.5, weight_decay=0.01)
+        run(make(names, hyper_batch_size=3), tmp_path, module=module)
+        callback = make(order, hyper_batch_size=3)
+        module = SmallNet(optim.SGD, lr=0.1, momentum=0.5, weight_decay=0.01)
+        run(callback, tmp_path / folder, module=module, ckpt_path=tmp_path / "step=7.ckpt")
+        found.append([callback.hyperparameters[name] for name in names])
+    assert found[0] == found[1]
+
+
+def test_window_of_steps_that_were_clipped_otherwise_begins_anew(tmp_path):
+    run(TRHO(hyper_batch_size=4), tmp_path, gradient_clip_val=1.0)
+    for limit in (None, 0.5):
+        callback = TRHO(hyper_batch_size=4)
+        ckpt_path = tmp_path / "step=7.ckpt"
+        run(callback, tmp_path / f"{limit}", ckpt_path=ckpt_path, gradient_clip_val=limit)
+        assert callback.schedule.steps == [4, 8, 12]

@@ -110,6 +110,11 @@ def test_one_of_several_validation_loaders_is_to_be_chosen(data):
             told.append(dataloader_idx)
             return super().validation_step(batch, batch_idx)
 
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            if self.trainer.validating:
+                told.append(dataloader_idx)
+            return batch
+
     told: list[int] = []
 
     def chosen(**settings: Any) -> Tensor:

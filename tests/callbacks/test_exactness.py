@@ -33,6 +33,11 @@ OPTIMIZERS: dict[str, tuple[type[optim.Optimizer], dict[str, float], dict[str, A
         {},
     ),
     "sgd-nesterov": (optim.SGD, {"lr": 0.1, "momentum": 0.7}, {"nesterov": True}),
+    "sgd-nesterov-foreach": (  # which writes to the gradients
+        optim.SGD,
+        {"lr": 0.1, "momentum": 0.7},
+        {"nesterov": True, "foreach": True},
+    ),
     "sgd-maximize": (optim.SGD, {"lr": 0.02, "momentum": 0.5}, {"maximize": True}),
     "adam": (optim.Adam, ADAM, {}),
     "adam-amsgrad": (optim.Adam, ADAM, {"amsgrad": True}),

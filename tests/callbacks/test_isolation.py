@@ -1,6 +1,7 @@
 """What runs in isolation leaves the module as it was."""
 
 import functools
+import random
 from collections import OrderedDict, deque
 from typing import Any
 
@@ -197,3 +198,29 @@ def test_module_is_put_back_after_an_error():
     except KeyError:
         pass
     assert module.count == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "draw"),
+    [
+        (lambda: torch.Generator().manual_seed(1), lambda g: torch.rand(1, generator=g).item()),
+        (lambda: np.random.default_rng(1), lambda g: g.random()),
+        (lambda: np.random.RandomState(1), lambda g: g.rand()),
+        (lambda: random.Random(1), lambda g: g.random()),
+    ],
+)
+def test_random_generators_draw_again_what_they_drew(make, draw):
+    module = nn.Linear(2, 2)
+    module.generator, module.nested = make(), {"a": [make()]}
+    with _preserved(module):
+        inside = [draw(module.generator), draw(module.nested["a"][0])]
+    assert [draw(module.generator), draw(module.nested["a"][0])] == inside
+
+
+def test_buffers_of_scripted_modules_are_put_back():
+    module = nn.Sequential(nn.Linear(2, 2), torch.jit.script(nn.BatchNorm1d(2)))
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with _preserved(module):
+        module(torch.randn(4, 2))
+        assert not torch.equal(module[1].running_mean, before["1.running_mean"])
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())

@@ -116,7 +116,9 @@ def test_a_logger_that_only_takes_metrics_is_handed_every_update(method):
     fit(Shaped(), callback, steps=6, logger=logger, log_every_n_steps=1000)
     assert [step for step, _ in logger.calls] == [2, 4, 6]
     for (_, metrics), update in zip(logger.calls, callback.schedule, strict=True):
-        assert {n: v for n, v in metrics.items() if n != "sensitivity"} == expected_metrics(update)
+        assert {
+            n: v for n, v in metrics.items() if n != "safeguard/sensitivity"
+        } == expected_metrics(update)
         assert all(type(value) is float for value in metrics.values())
 
 
@@ -236,3 +238,19 @@ def test_logger_without_histograms_is_told_once():
 def test_what_a_method_cannot_tell_is_refused(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+class Clinical(SmallNet):
+    """Its sensitivity is that of a test for a disease."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("sensitivity", 0.9)
+        return super().validation_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("make", [RTHO, TRHO])
+def test_a_metric_of_the_user_is_not_overwritten(make):
+    callback = make(["lr"], hyper_batch_size=2, outer_optimizer=None)
+    trainer = fit(Clinical(lr=0.1), callback, steps=6, check_val_every_n_epoch=1)
+    assert trainer.callback_metrics["sensitivity"].item() == pytest.approx(0.9)
+    assert ("safeguard/sensitivity" in trainer.callback_metrics) == (make is RTHO)

@@ -297,6 +297,13 @@ def test_kept_graphs_that_read_the_weights_anew_are_refused():
         fit(SmallNet(optim.SGD, body=body, lr=0.1), METHODS["keep graph"](), steps=4)
 
 
+def test_a_compiled_lightning_module_runs_eagerly_with_a_warning():
+    module = torch.compile(SmallNet(lr=0.1), backend="aot_eager")
+    with pytest.warns(UserWarning, match="run them eagerly"):
+        trainer = fit(module, callback := RTHO(["lr"], hyper_batch_size=2, outer_optimizer=None))
+    assert len(callback.schedule) == trainer.global_step // 2
+
+
 def test_compiled_modules_run_eagerly_with_a_warning():
     with pytest.warns(UserWarning, match="run them eagerly"):
         fit(SmallNet(optim.SGD, body=FOLLOWED["compiled"], lr=0.1), METHODS["forward"](), steps=1)

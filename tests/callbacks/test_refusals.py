@@ -3,10 +3,12 @@
 from functools import partial
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import optim
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_rtho import RTHO, TRHO, Hyperparameter, Interval, KeepGraph, NonNegative, Positive
 from tests.callbacks.problems import SmallNet, fit, loader
@@ -301,3 +303,42 @@ def test_weight_decay_may_start_at_zero():
     callback = RTHO({"weight_decay": NonNegative()}, hyper_batch_size=1)
     fit(SmallNet(lr=0.1, weight_decay=0.0), callback)
     assert callback.hyperparameters["weight_decay"] >= 0
+
+
+class ScaledByCompany(L.Callback):
+    """Stands before ours, and comes in late."""
+
+    def on_after_backward(self, trainer, pl_module):
+        if trainer.global_step > 3:
+            for param in pl_module.parameters():
+                param.grad.mul_(0.5)
+
+
+@pytest.mark.parametrize("make", [RTHO, TRHO, partial(TRHO, tape=KeepGraph())])
+def test_gradients_edited_late_by_a_callback_before_ours_are_refused(make):
+    ours = make(["lr"], hyper_batch_size=2)
+    with pytest.raises(MisconfigurationException, match="changes gradients"):
+        fit(SmallNet(lr=0.1), ScaledByCompany(), ours, steps=8)
+
+
+class ValidatesAnAverage(Untouched):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.average = AveragedModel(self.net)
+
+    def validation_step(self, batch, batch_idx):
+        return (self.average(batch[0]) - batch[1]).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("make", "module", "settings", "message"),
+    [
+        (lambda: RTHO([]), Untouched, {}, "`hyperparameters` must name at least one"),
+        (lambda: RTHO({}), Untouched, {}, "`hyperparameters` must name at least one"),
+        (lambda: RTHO(["lr"]), Untouched, {"limit_val_batches": 0}, "limit_val_batches=0"),
+        (lambda: RTHO(["lr"]), ValidatesAnAverage, {}, "no weight that the optimizer trains"),
+    ],
+)
+def test_what_leaves_nothing_to_do_is_refused(make, module, settings, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(module(lr=0.1), make(), **settings)

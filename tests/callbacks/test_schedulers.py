@@ -14,7 +14,16 @@ from torch import optim
 from torch.optim import lr_scheduler as lrs
 from torch.optim.swa_utils import SWALR
 
-from lightning_rtho import RTHO, TRHO, Hyperparameter, Positive
+from lightning_rtho import (
+    RTHO,
+    TRHO,
+    DifferentiableOptimizer,
+    Hyperparameter,
+    KeepGraph,
+    NonNegative,
+    Positive,
+    Recompute,
+)
 from tests.callbacks.problems import SmallNet, finite_difference, fit, validation_loss
 
 # Every scheduler, with each rate it is given in proportion to the base.
@@ -162,3 +171,44 @@ def test_observing_changes_nothing_under_a_scheduler(name):
         weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
     assert torch.equal(*weights)
     assert not math.isnan(weights[0].sum().item())
+
+
+class TensorRate(Scheduled):
+    """The rate is a tensor, which a scheduler writes to in place; the decay is tuned."""
+
+    def __init__(self, decay: Any) -> None:
+        super().__init__(SCHEDULERS["lambda"], lr=0.1, weight_decay=decay)
+
+    def configure_optimizers(self):
+        self.settings["lr"] = torch.tensor(0.1)
+        return super().configure_optimizers()
+
+
+@pytest.mark.parametrize("tape", [None, Recompute(), KeepGraph()])
+def test_window_is_read_with_the_rates_that_its_steps_had(tape):
+    settings = {"hyper_batch_size": 4, "outer_optimizer": None}
+    callback = RTHO(**settings) if tape is None else TRHO(tape=tape, **settings)
+    fit(TensorRate(Hyperparameter(0.1, NonNegative())), callback, steps=4)
+
+    def loss_at(decay: float) -> float:
+        module = TensorRate(decay)
+        fit(module, steps=4)
+        return validation_loss(module)
+
+    (found,) = callback.hypergradients.values()
+    # The differences err by 1e-10 of the loss; see `finite_difference`.
+    assert found.item() == pytest.approx(finite_difference(0.1, loss_at), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["step", "multistep", "exponential"])
+def test_rate_moves_on_after_a_group_was_added_that_the_scheduler_reads_by_itself(name):
+    lr = Hyperparameter(0.1, Positive())
+    first, second = (torch.zeros(2, requires_grad=True) for _ in range(2))
+    inner = optim.SGD([first], lr=lr)
+    scheduler = SCHEDULERS[name](inner, 0.1)
+    optimizer = DifferentiableOptimizer(inner, [scheduler])
+    optimizer.add_param_group({"params": [second], "lr": 0.01})
+    lr.assign(torch.tensor(0.2))
+    optimizer.write_hyperparameters()
+    assert [group["lr"] for group in inner.param_groups] == pytest.approx([0.2, 0.01], rel=1e-7)
+    assert scheduler.base_lrs == pytest.approx([0.2], rel=1e-7)  # 0.2 in float32

@@ -1,6 +1,8 @@
 """An observing callback leaves training bitwise as it was."""
 
+import copy
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -8,10 +10,21 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.tuner import Tuner
 from torch import nn, optim
 
-from lightning_rtho import RTHO, TRHO, Hyperparameter, Interval, KeepGraph, Positive
+from lightning_rtho import (
+    RTHO,
+    TRHO,
+    Hyperparameter,
+    Interval,
+    KeepGraph,
+    Positive,
+    Recompute,
+    ReplaySchedule,
+    Schedule,
+)
 from tests.callbacks.problems import FEATURES, SmallNet, fit, loader
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -219,3 +232,234 @@ def test_buffers_of_inference_mode_do_no_harm(observer):
     callback._selection = ["lr"]
     fit(SetsBuffer(lr=0.1), callback, steps=9, check_val_every_n_epoch=1)
     assert len(callback.schedule) == 3
+
+
+class SharedMemory(SmallNet):
+    """A weight is the sum of two, so that autograd gives both one gradient, in one memory."""
+
+    def __init__(self) -> None:
+        super().__init__(lr=0.05, momentum=0.9, nesterov=True, foreach=True)
+        self.change = nn.Parameter(torch.ones(1, FEATURES))
+        self.net = nn.Linear(FEATURES, 1)
+
+    def training_step(self, batch, batch_idx):
+        weight = self.net.weight + self.change
+        return nn.functional.mse_loss(batch[0] @ weight.T + self.net.bias, batch[1])
+
+    def configure_optimizers(self):
+        return self.optimizer_class(self.parameters(), **self.settings)
+
+
+class ServesStatistics(SmallNet):
+    """A layer acts on the running statistics alone, so that its weights have no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__(optim.AdamW, lr=0.01, weight_decay=0.1)
+        self.head = nn.Linear(FEATURES, 4)
+        self.norm = nn.BatchNorm1d(4, affine=False)
+
+    def training_step(self, batch, batch_idx):
+        self.norm(self.head(batch[0]))
+        return super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self):
+        return self.optimizer_class(self.parameters(), **self.settings)
+
+
+@pytest.mark.parametrize("observer", OBSERVERS)
+@pytest.mark.parametrize("make", [SharedMemory, ServesStatistics])
+def test_observing_changes_no_weight_whatever_autograd_makes_of_its_gradient(make, observer):
+    callback = OBSERVERS[observer]()
+    callback._selection = ["lr"]
+    plain, observed = make(), make()
+    fit(plain, steps=9)
+    fit(observed, callback, steps=9)
+    trained = zip(plain.parameters(), observed.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in trained)
+    assert len(callback.schedule) == 3
+
+
+class KnowsWhere(SmallNet):
+    """Writes beside its logs, and keeps a frozen teacher that was scripted."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.teacher = torch.jit.script(nn.Linear(FEATURES, 1).requires_grad_(False))
+        self.places: set[Any] = set()
+
+    def _look(self) -> None:
+        logger = self.logger
+        self.places.add((self.trainer.log_dir, logger.log_dir, logger.name, logger.version))
+
+    def training_step(self, batch, batch_idx):
+        self._look()
+        return super().training_step((batch[0], batch[1] + self.teacher(batch[0])), batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        self._look()
+        return super().validation_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("observer", OBSERVERS)
+@pytest.mark.parametrize("make_logger", [CSVLogger, TensorBoardLogger])
+def test_steps_made_for_us_know_where_the_run_writes(make_logger, observer, tmp_path):
+    callback = OBSERVERS[observer]()
+    callback._selection = ["lr"]
+    module = KnowsWhere(lr=0.1)
+    logger = make_logger(tmp_path, name="run")
+    fit(module, callback, steps=9, logger=logger)
+    assert module.places == {(logger.log_dir, logger.log_dir, "run", 0)}
+    assert len(callback.schedule) == 3
+
+
+class TakesBatchesApart(SmallNet):
+    """Changes the dict, or the object, that holds its batch."""
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        held = {"x": batch[0], "y": batch[1]}
+        return SimpleNamespace(**held) if self.trainer.training and self.as_object else held
+
+    def training_step(self, batch, batch_idx):
+        if isinstance(batch, SimpleNamespace):
+            batch.x = 2 * batch.x
+            return super().training_step((batch.x, batch.y), batch_idx)
+        return super().training_step((batch["x"], batch.pop("y")), batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        return super().validation_step((batch.pop("x"), batch.pop("y")), batch_idx)
+
+
+@pytest.mark.parametrize("as_object", [False, True])
+def test_steps_may_change_what_holds_their_batch(as_object):
+    found = []
+    for make in (RTHO, TRHO):
+        module = TakesBatchesApart(lr=0.1)
+        module.as_object = as_object
+        callback = make(["lr"], hyper_batch_size=4, outer_optimizer=None)
+        fit(module, callback, steps=4)
+        found.append(callback.hypergradients["lr"])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=0)  # the two methods round differently
+
+
+def test_a_part_of_a_batch_may_be_taken_apart():
+    module = TakesBatchesApart(lr=0.1)
+    module.as_object = False
+    callback = RTHO(["lr"], hyper_batch_size=4, outer_optimizer=None, curvature_fraction=0.5)
+    fit(module, callback, steps=4)
+    assert len(callback.schedule) == 1
+
+
+class SkipsBeforeValidation(SmallNet):
+    """Its last training step before a validation has no loss."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return None if batch_idx == 2 else loss
+
+    def validation_step(self, batch, batch_idx):
+        if not self.trainer.training:
+            self.kernels = torch.embedding
+        return super().validation_step(batch, batch_idx)
+
+
+def test_kernels_of_followed_steps_are_not_those_of_validation():
+    module, kernel = SkipsBeforeValidation(lr=0.1), torch.embedding
+    callback = RTHO(["lr"], hyper_batch_size=2, outer_optimizer=None)
+    fit(module, callback, steps=6, check_val_every_n_epoch=1, val_check_interval=3)
+    assert module.kernels is kernel
+
+
+@pytest.mark.parametrize("make", [RTHO, TRHO])
+def test_a_rate_finder_before_the_fit_leaves_the_run_as_it_is_without(make):
+    runs = []
+    for finds in (False, True):
+        callback = make(["lr"], hyper_batch_size=2)
+        module = SmallNet(lr=0.1)
+        trainer = L.Trainer(
+            accelerator="cpu",
+            max_steps=16,
+            callbacks=[callback],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        data = {
+            "train_dataloaders": loader(20, seed=1, batch_size=4),
+            "val_dataloaders": loader(6, seed=2, batch_size=6),
+        }
+        if finds:
+            Tuner(trainer).lr_find(module, num_training=5, update_attr=False, **data)
+        L.seed_everything(7, verbose=False)
+        trainer.fit(module, **data)
+        runs.append(callback.schedule)
+    assert runs[1].start == runs[0].start
+    assert runs[0].start
+    assert [update.values for update in runs[1]] == [update.values for update in runs[0]]
+
+
+def test_a_fit_without_a_step_leaves_no_trace():
+    module, callback = SmallNet(lr=0.1), RTHO(["lr"], hyper_batch_size=2)
+    trainer = fit(module, callback, steps=-1, max_epochs=0)
+    assert type(trainer.optimizers[0]) is optim.SGD
+    trainer = fit(module, ReplaySchedule(Schedule(start={"lr": torch.tensor(0.1)})), max_epochs=0)
+    assert type(trainer.optimizers[0]) is optim.SGD
+
+
+def test_an_evaluated_run_that_has_ended_is_not_that_of_the_next_fit(tmp_path):
+    first = RTHO(["lr"], hyper_batch_size=2)
+    fit(SmallNet(lr=0.1), first, steps=4).save_checkpoint(tmp_path / "end.ckpt")
+    callback = RTHO(["lr"], hyper_batch_size=2)
+    fit(SmallNet(lr=0.1), callback, steps=4, ckpt_path=tmp_path / "end.ckpt")
+    assert callback.schedule.steps == first.schedule.steps == [2, 4]
+    fit(SmallNet(lr=0.1), callback, steps=6)
+    assert callback.schedule.steps == [2, 4, 6]
+
+
+class MeanTeacher(SmallNet):
+    """A second network follows the first, and has a part in its loss."""
+
+    def __init__(self, moves_in: str, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.moves_in = moves_in
+        self.frozen = nn.Linear(FEATURES, 1).requires_grad_(False)
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+        nn.init.ones_(self.teacher[0].weight)
+
+    def _teach(self) -> None:
+        with torch.no_grad():
+            for old, new in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+                old.lerp_(new, 0.3)
+
+    def training_step(self, batch, batch_idx):
+        taught = self.teacher(batch[0]) + self.frozen(batch[0])
+        loss = super().training_step(batch, batch_idx)
+        loss = loss + nn.functional.mse_loss(self.net(batch[0]), taught)
+        if self.moves_in == "step":
+            self._teach()
+        return loss
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        if self.moves_in == "end" or (self.moves_in == "late" and self.global_step > 4):
+            self._teach()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("moves_in", ["step", "end", "late"])
+def test_a_mean_teacher_stands_where_it_stood_while_steps_are_made_again(moves_in, accumulate):
+    found, weights = [], []
+    for tape in (None, Recompute(), KeepGraph()):
+        callback = TRHO(["lr"], hyper_batch_size=3, outer_optimizer=None, tape=tape or Recompute())
+        module = MeanTeacher(moves_in, lr=0.05)
+        callbacks = [] if tape is None else [callback]
+        fit(module, *callbacks, steps=12, accumulate_grad_batches=accumulate)
+        weights.append([*module.parameters()])
+        found.append([update.hypergradients["lr"] for update in callback.schedule])
+    assert all(torch.equal(a, b) for a, b in zip(weights[0], weights[1], strict=True))
+    # A window in which the teacher sets out late begins there.
+    skipped = 1 if moves_in == "late" else 0
+    compared = [(a, b) for i, (a, b) in enumerate(zip(*found[1:], strict=True)) if i != skipped]
+    compared = compared if skipped else [*zip(*found[1:], strict=True)]
+    for recomputed, kept in compared:
+        torch.testing.assert_close(recomputed, kept, rtol=1e-10, atol=0)  # rounding
+    assert len(compared) == 4 - skipped

@@ -275,7 +275,7 @@ def test_tangents_of_half_precision_are_off_by_its_rounding(size, dtype):
 
     exact, _ = follow(None)
     found, method = follow(dtype)
-    kept = {value.dtype for tangent in method.tangents for value in tangent.values()}
+    kept = {value.dtype for tangent in method.tangents.states for value in tangent.values()}
     assert kept == {dtype}
     # Each step rounds Z once, by eps / 2 at most; weights and velocity take turns.
     torch.testing.assert_close(found, exact, rtol=2 * steps * torch.finfo(dtype).eps, atol=0)
@@ -290,4 +290,4 @@ def test_tangents_of_another_precision_are_kept_in_it_after_loading():
     state = run.method.state_dict()
     method = ForwardHypergradient(params, run.hypers, tangent_dtype=torch.bfloat16)
     method.load_state_dict(state, None)
-    assert all(t["param"].dtype == torch.bfloat16 for t in method.tangents)
+    assert all(t["param"].dtype == torch.bfloat16 for t in method.tangents.states)

@@ -7,10 +7,15 @@ import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.graph import GradientEdge
 
-from lightning_rtho.hypergradient import KeepGraph, ReverseHypergradient
+from lightning_rtho.hypergradient import (
+    GradientMismatchError,
+    KeepGraph,
+    OptimizerStep,
+    ReverseHypergradient,
+)
 from lightning_rtho.hypergradient._arena import Arena
 from lightning_rtho.hypergradient._saved import SavedWeights
-from lightning_rtho.linearization import _fused, _gradient
+from lightning_rtho.linearization import TracedLoss, _fused, _gradient
 from tests.helpers import METHODS, Run, hyperparameters, watch_graph
 
 TAPES = [name for name in METHODS if name != "forward"]
@@ -185,3 +190,28 @@ def test_while_a_window_is_read_nothing_is_held_twice(tape, monkeypatch):
     # Weights and velocity now and of each step, the gradient, and the cotangents of weights and
     # gradient; the velocity's lies in the place of a velocity, the present weights in that of past.
     assert held == [2 + 2 * 3 + 1 + 2] * 3
+
+
+def test_a_kept_tape_refuses_gradients_that_were_written_to_after_their_step():
+    run, w, loss = _run("keep-graph", steps=0)
+    method = run.method
+    method.start()
+    (gradient,) = method.record(TracedLoss(loss()), None)
+    w.grad = gradient
+    method.advance(
+        OptimizerStep(run.optimizer.transitions(run.columns), [gradient], is_traced=True)
+    )
+    run.optimizer.step()
+    w.grad.zero_()  # as `zero_grad(set_to_none=False)` does
+    with pytest.raises(GradientMismatchError, match="written to after"):
+        run.hypergradient(lambda: w.sum())
+
+
+@pytest.mark.parametrize("tape", TAPES)
+def test_memory_for_copies_is_kept_between_windows_and_let_go_of_at_the_end(tape):
+    run, w, _ = _run(tape, steps=3)
+    run.hypergradient(lambda: w.sum())
+    free = run.method.tape._arenas._free
+    assert len(free) == 3
+    run.method.reset()
+    assert run.method.tape._arenas._free == []

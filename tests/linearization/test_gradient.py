@@ -223,3 +223,14 @@ def test_a_kept_graph_may_round_otherwise_but_not_give_another_gradient(change, 
     factors = factors.clone()
     factors[0] += change
     assert kept.still_holds() == holds
+
+
+def test_weights_that_statistics_alone_depend_on_have_no_gradient():
+    own, other = (torch.ones(2, requires_grad=True) for _ in range(2))
+    update = StatisticUpdate(0, 0.1, (own * other).square())
+    line = Linearization(TracedLoss(own.square().sum(), (update,)), [own, other], [])
+    assert line.gradients[1] is None
+    assert line.gradients[0].tolist() == [2.0, 2.0]
+    # s = (a b)^2, so ds/db = 2 a^2 b; the loss has no part in it.
+    product = line.product([None, None], [], [torch.ones(2)])
+    assert product.params[1].tolist() == [2.0, 2.0]

@@ -5,7 +5,15 @@ from functools import partial
 import pytest
 import torch
 
-from lightning_rtho import Hyperparameter, Interval, NonNegative, Positive, Real
+from lightning_rtho import (
+    DifferentiableOptimizer,
+    Hyperparameter,
+    Interval,
+    NonNegative,
+    Positive,
+    Real,
+)
+from lightning_rtho.callbacks._coupling import decoupled_coordinates
 from lightning_rtho.outer import Coordinates, HyperparameterDescent, adam, relative_slopes
 
 
@@ -90,3 +98,25 @@ def test_the_jacobian_is_that_of_natural_by_raw_values():
     expected[:2, :2] = torch.tensor([[lr, -lr / (1 - momentum) * slope], [0.0, slope]])
     # Raw values of the vector are float32.
     torch.testing.assert_close(descent.jacobian(), expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("rate", "momentum", "couplings"),
+    [
+        (Positive(), Interval(0, 1), [(0, 1)]),
+        (NonNegative(), Interval(0.5, 0.99), [(0, 1)]),
+        (Interval(1e-4, 1), Interval(0, 1), []),  # a rate over 1 - momentum may lie outside
+        (Positive(), Interval(-0.5, 1), []),
+        (Positive(), Real(), []),  # past 1 the rate would be negative
+    ],
+)
+def test_what_would_leave_its_domain_is_not_coupled(rate, momentum, couplings):
+    hypers = [Hyperparameter(0.5, rate), Hyperparameter(0.9, momentum)]
+    weight = torch.zeros(2, requires_grad=True)
+    sgd = DifferentiableOptimizer(torch.optim.SGD([weight], lr=hypers[0], momentum=hypers[1]))
+    coordinates = decoupled_coordinates(hypers, [sgd])
+    descent = HyperparameterDescent(hypers, partial(torch.optim.SGD, lr=1.0), coordinates)
+    descent.step(torch.zeros(2))
+    # Where nothing pulls, nothing moves.
+    assert [hyper.item() for hyper in hypers] == pytest.approx([0.5, 0.9], rel=1e-6)
+    assert coordinates._couplings == couplings

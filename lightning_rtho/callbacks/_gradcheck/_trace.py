@@ -3,7 +3,7 @@
 import os
 import re
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import wraps
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from lightning_rtho.callbacks._detached import DetachedWeights
 from lightning_rtho.hyperparameters import Hyperparameter, declared_hyperparameters
+from lightning_rtho.linearization import graph_nodes
 from lightning_rtho.optim import DifferentiableOptimizer
 
 __all__ = ["StepTrace"]
@@ -111,7 +112,7 @@ class StepTrace(Callback):
 
     def _read_graph(self, loss: Tensor) -> None:
         """Name the operations in the graph of a loss that matter here."""
-        for node in _nodes(loss):
+        for node in graph_nodes([loss]):
             kind = type(node)
             if isinstance(node, BackwardCFunction):
                 function = getattr(kind, "_forward_cls", kind)
@@ -143,19 +144,6 @@ class _TakenOut(TorchFunctionMode):
         if out and args[0].requires_grad:
             self._report()
         return func(*args, **(kwargs or {}))
-
-
-def _nodes(loss: Tensor) -> Iterator[Any]:
-    """Yield every node of a graph."""
-    nodes: list[Any] = [loss.grad_fn]
-    seen = set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        nodes += [following for following, _ in node.next_functions]
 
 
 def _user_line() -> str | None:

@@ -1,0 +1,116 @@
+"""Gradients that are known before backward, handed to the weights in its place."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+__all__ = ["GradientHandOver"]
+
+
+class GradientHandOver:
+    """Lets backward take gradients that are there already, rather than compute them again.
+
+    It stands in for ``LightningModule.backward``, for one backward pass each time. Weights may
+    share the memory of the gradients that they are given, without a copy, once a step has shown
+    that nobody writes to them, not even the optimizer, as foreach SGD with Nesterov's momentum.
+
+    Args:
+        module: The module.
+    """
+
+    def __init__(self, module: LightningModule) -> None:
+        self._module = module
+        self._versions: dict[Tensor, int] = {}
+        self._is_shared = False
+        self._is_written_to: bool | None = None  # in the first step
+        self._first_step: list[tuple[Tensor, int]] = []
+
+    def give(self, pairs: Sequence[tuple[Tensor, Tensor]], *, may_share: bool) -> None:
+        """Let the coming backward pass hand gradients over.
+
+        Args:
+            pairs: Weights and what they get, each ``[*P]``.
+            may_share: Whether the step's gradient is that of this loss alone, as it is.
+        """
+        is_left_alone = self._is_written_to is False
+        self._is_shared = is_left_alone and may_share and _may_be_shared(pairs)
+        self._module.backward = partial(self._backward, pairs)  # type: ignore[method-assign]
+
+    def _backward(
+        self, pairs: Sequence[tuple[Tensor, Tensor]], loss: Tensor, *args: Any, **kwargs: Any
+    ) -> None:
+        """Stand in for ``LightningModule.backward``."""
+        restricted = sorted({"gradient", "inputs"} & kwargs.keys())
+        if args or restricted:
+            raise MisconfigurationException(
+                f"`manual_backward` got `{restricted[0] if restricted else 'gradient'}`, which "
+                "cannot be followed. Scale the loss, or toggle the optimizer whose weights shall "
+                "move."
+            )
+        if self._is_shared:
+            for param, gradient in pairs:
+                param.grad = gradient
+        elif pairs:
+            params, gradients = zip(*pairs, strict=True)
+            torch.autograd.backward(params, gradients)
+        # Now: the next who might write to them is another callback.
+        self._versions |= {p: p.grad._version for p, _ in pairs if p.grad is not None}
+
+    def end_backward(self) -> None:
+        """Give backward back to the module."""
+        vars(self._module).pop("backward", None)
+
+    def are_traced(self, params: Sequence[Tensor]) -> bool | None:
+        """Tell whether gradients are what was given; the next step begins anew.
+
+        Args:
+            params: The weights that the optimizer is about to move, each ``[*P]``.
+
+        Returns:
+            Whether they are the tensors that were given, as they were; None if they are others,
+            which may be equal.
+        """
+        versions, self._versions = self._versions, {}
+        is_written_to = any(
+            param.grad is None or param.grad._version != version
+            for param, version in versions.items()
+        )
+        if self._is_written_to is None:
+            self._is_written_to = is_written_to
+            self._first_step = [(p.grad, p.grad._version) for p in params if p.grad is not None]
+        if not self._is_shared:
+            return None
+        if is_written_to:
+            return False
+        return True if all(param in versions for param in params) else None
+
+    def after_update(self) -> None:
+        """Look whether the optimizer has written to the gradients of the first step."""
+        if any(grad._version != version for grad, version in self._first_step):
+            self._is_written_to = True
+        self._first_step = []
+
+
+def _may_be_shared(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """Tell whether weights may have these gradients themselves, each its own."""
+    if not all(_fits(*pair) for pair in pairs):
+        return False
+    memory = {gradient.untyped_storage().data_ptr() for _, gradient in pairs}
+    return len(memory) == len(pairs)
+
+
+def _fits(param: Tensor, gradient: Tensor) -> bool:
+    """Tell whether a gradient may be what autograd would make of it, without a copy."""
+    return (
+        param.grad is None
+        and gradient.stride() == param.stride()
+        and gradient.dtype == param.dtype
+        and gradient.device == param.device
+        # Private: torch tells in no other way that someone waits for gradients.
+        and not getattr(param, "_post_accumulate_grad_hooks", None)
+    )

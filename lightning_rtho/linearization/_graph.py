@@ -1,0 +1,34 @@
+"""Walking the graph of a loss."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["graph_nodes"]
+
+
+def graph_nodes(tensors: Iterable[Tensor | None]) -> Iterator[Any]:
+    """Yield every node of the graphs of some tensors, each once.
+
+    Args:
+        tensors: The tensors, each ``[*P]``; None has no graph, as has a constant.
+
+    Yields:
+        The nodes, which torch gives no public type.
+
+    Example:
+        >>> import torch
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> [node.name() for node in graph_nodes([x.exp().sum()])]
+        ['SumBackward0', 'ExpBackward0', 'struct torch::autograd::AccumulateGrad']
+    """
+    nodes = [tensor.grad_fn for tensor in tensors if tensor is not None]
+    seen = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        nodes += [following for following, _ in node.next_functions]
