@@ -20,8 +20,8 @@ def graph_nodes(tensors: Iterable[Tensor | None]) -> Iterator[Any]:
     Example:
         >>> import torch
         >>> x = torch.ones(2, requires_grad=True)
-        >>> [node.name() for node in graph_nodes([x.exp().sum()])]
-        ['SumBackward0', 'ExpBackward0', 'struct torch::autograd::AccumulateGrad']
+        >>> [node.name() for node in graph_nodes([x.exp().sum()])][:2]
+        ['SumBackward0', 'ExpBackward0']
     """
     nodes = [tensor.grad_fn for tensor in tensors if tensor is not None]
     seen = set()
