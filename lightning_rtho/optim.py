@@ -264,9 +264,8 @@ class DifferentiableOptimizer(Optimizer):
         groups = [group for group in self.param_groups for _ in group["params"]]
         for transition in transitions:
             param = params[transition.index]
-            unkept = self.rule_class.unkept_buffers(groups[transition.index])
-            if unkept and not getattr(transition.rule, "buffered", True):
-                continue  # nor does the derivative need them
+            group, tuned = groups[transition.index], transition.columns
+            unkept = self.rule_class.unkept_buffers(group, tuned)
             if unkept:
                 new_state = transition.rule(transition.state, transition.grad, transition.hyper)
                 self._derivative_buffers[param] = {

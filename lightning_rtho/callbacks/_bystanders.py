@@ -7,7 +7,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Bystander", "MovingBystanders", "standing_at"]
+__all__ = ["Bystander", "MovingBystanders", "standing_at", "untrained_weights"]
+
+
+def untrained_weights(module: nn.Module, trained: Iterable[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights that no optimizer trains, with their names.
+
+    Args:
+        module: The module.
+        trained: Those that optimizers train, each ``[*P]``.
+
+    Yields:
+        Name and weight; not those that are quantized, which stand still.
+    """
+    known = set(trained)
+    for name, weight in module.named_parameters():
+        if weight not in known and weight.is_floating_point():
+            yield name, weight
 
 
 class Bystander(NamedTuple):
@@ -30,12 +46,11 @@ class MovingBystanders:
 
     Args:
         module: The module.
-        others: Weights that are none, as those that optimizers train, each ``[*P]``.
+        trained: Weights that optimizers train, each ``[*P]``.
     """
 
-    def __init__(self, module: nn.Module, others: Iterable[Tensor]) -> None:
-        known = set(others)
-        self._weights = {n: w for n, w in module.named_parameters() if w not in known}
+    def __init__(self, module: nn.Module, trained: Iterable[Tensor]) -> None:
+        self._weights = dict(untrained_weights(module, trained))
         self._versions = self._read_versions()
         self._moving: set[str] | None = None
         self._first_step: int | None = None
@@ -53,13 +68,13 @@ class MovingBystanders:
         if self._first_step is None:
             self._first_step = step
             self._first = [Bystander(n, _on_host(w)) for n, w in self._weights.items()]
-        has_moved = self._read_versions() != self._versions
-        if self._moving is None and (has_moved or step > self._first_step):
-            self._moving = self._take_moved()
-            self._first[:] = [first for first in self._first if first.name in self._moving]
-            self._first = []
         if self._moving is None:
-            return self._first
+            moved = self._take_moved()
+            if not moved and step == self._first_step:
+                return self._first
+            self._moving = moved
+            self._first[:] = [first for first in self._first if first.name in moved]
+            self._first = []
         return [Bystander(n, self._weights[n].detach().clone()) for n in sorted(self._moving)]
 
     def have_set_out(self) -> bool:

@@ -196,8 +196,7 @@ class TrainingStepReplay:
             for (namespace, name), (_, buffer) in self._buffers.items():
                 submodules[namespace]._buffers[name] = buffer.clone()
             self._statistics.start()
-            batch, *index = self._args
-            output: Any = trainer.strategy.training_step(_copied(batch), *index)
+            output: Any = trainer.strategy.training_step(*self._args)
             loss = output["loss"] if isinstance(output, dict) else output
             loss = loss / self._accumulated * self._scale
             return TracedLoss(loss, self._statistics.collect(), self._scale)

@@ -278,8 +278,8 @@ class ReplaySchedule(Callback):
 
     def _carry_buffers(self, optimizer: DifferentiableOptimizer) -> None:
         """Hand torch the velocity that the run had which learned momentum from 0 on."""
-        rule = optimizer.rule_class
-        lacking = any(rule.unkept_buffers(group) for group in optimizer.param_groups)
+        rule, tuned = optimizer.rule_class, optimizer.tuned_settings
+        lacking = any(rule.unkept_buffers(group, tuned) for group in optimizer.param_groups)
         if lacking or any(optimizer.derivative_buffers(param) for param in optimizer.params):
             columns = {id(hyper): i for i, hyper in enumerate(optimizer.hyperparameters)}
             optimizer.carry_derivative_buffers(optimizer.transitions(columns))

@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_rtho._types import State
+from lightning_rtho.callbacks._bystanders import untrained_weights
 from lightning_rtho.hyperparameters import Hyperparameter
 from lightning_rtho.optim import DifferentiableOptimizer
 
@@ -49,7 +50,7 @@ def take_snapshot(
         "buffers": {name: buffers[key].clone() for name, buffers, key in _buffers(module)},
         "others": {
             name: other.detach().to("cpu", copy=True)
-            for name, other in _others(module, params)
+            for name, other in untrained_weights(module, params)
             if others is None or name in others
         },
     }
@@ -81,7 +82,7 @@ def restore_snapshot(
                         del optimizer.state[param]
         buffers_of = [_copy(buffers) for buffers in snapshot["derivative_buffers"]]
         write_derivative_buffers(buffers_of, params, optimizers)
-        for name, other in _others(module, params):
+        for name, other in untrained_weights(module, params):
             if name in snapshot["others"]:
                 other.copy_(snapshot["others"][name])
         for name, buffers, key in _buffers(module):
@@ -103,7 +104,7 @@ def drop_what_stands_still(
         Names of those that are left: something moves them.
     """
     kept = snapshot["others"]
-    for name, other in _others(module, params):
+    for name, other in untrained_weights(module, params):
         if name in kept and torch.equal(kept[name], other.detach().cpu()):
             del kept[name]
     return set(kept)
@@ -223,14 +224,6 @@ def _write(place: dict[str, Any], values: dict[str, Any], whole: bool = True) ->
             present.copy_(value)
         else:
             place[key] = value.clone()
-
-
-def _others(module: nn.Module, params: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights that no optimizer trains, with their names."""
-    trained = set(params)
-    for name, param in module.named_parameters():
-        if param not in trained and param.is_floating_point():  # what is quantized stands still
-            yield name, param
 
 
 def _buffers(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:

@@ -57,11 +57,12 @@ class UpdateRule(ABC):
         return cls(**{field.name: bool(group[field.name]) for field in fields(cls)})
 
     @classmethod
-    def unkept_buffers(cls, group: Mapping[str, Any]) -> tuple[str, ...]:
-        """Name the buffers that torch keeps at other settings but not at these.
+    def unkept_buffers(cls, group: Mapping[str, Any], tuned: Collection[str]) -> tuple[str, ...]:
+        """Name the buffers that the rule has, but torch keeps at other settings only.
 
         Args:
             group: One of the optimizer's ``param_groups``.
+            tuned: The settings of this group that are hyperparameters.
 
         Returns:
             Names among :attr:`buffers`.

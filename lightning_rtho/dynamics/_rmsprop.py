@@ -54,9 +54,10 @@ class RMSpropRule(UpdateRule):
         )
 
     @classmethod
-    def unkept_buffers(cls, group: Mapping[str, Any]) -> tuple[str, ...]:
+    def unkept_buffers(cls, group: Mapping[str, Any], tuned: Collection[str]) -> tuple[str, ...]:
         """See :meth:`UpdateRule.unkept_buffers`."""
-        return ("momentum_buffer",) if group["momentum"] == 0 else ()
+        is_unkept = group["momentum"] == 0 and "momentum" in tuned
+        return ("momentum_buffer",) if is_unkept else ()
 
     def init(self, param: Tensor, hyper: Hypers) -> State:
         """See :meth:`UpdateRule.init`."""

@@ -63,9 +63,9 @@ class SGDRule(UpdateRule):
         )
 
     @classmethod
-    def unkept_buffers(cls, group: Mapping[str, Any]) -> tuple[str, ...]:
+    def unkept_buffers(cls, group: Mapping[str, Any], tuned: Collection[str]) -> tuple[str, ...]:
         """See :meth:`UpdateRule.unkept_buffers`."""
-        return cls.buffers if group["momentum"] == 0 else ()
+        return cls.buffers if group["momentum"] == 0 and "momentum" in tuned else ()
 
     def update(self, state: State, grad: Tensor, hyper: Hypers) -> State:
         """See :meth:`UpdateRule.update`."""
