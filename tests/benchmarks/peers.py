@@ -1,6 +1,9 @@
-"""Other libraries on the same reverse-mode window: SGD with momentum on one parameter group.
+"""Other libraries on the same reverse-mode window: SGD with momentum, or Adam, on one group.
 
-Each follows its own documentation; what the phone workload tunes is given to it as tensors.
+Each follows its own documentation; settings that a workload tunes are given to it as tensors. None
+of them can tune a decoupled decay: higher has no AdamW, TorchOpt's takes the decay as a number, and
+that of Betty divides by the second moment where its root belongs. Betty's Adam gives NaN as soon as
+a weight has had no gradient, and that of higher leaves eps out of the correction of the bias.
 """
 
 import importlib.util
@@ -8,6 +11,7 @@ import itertools
 import logging
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,8 +58,7 @@ def higher(task: Task, device: torch.device, steps: int, after_step: Callable[[]
                     for param, state in zip(
                         problem.params, optimizer.state[0].values(), strict=True
                     ):
-                        velocity = state["momentum_buffer"].detach()
-                        problem.optimizer.state[param]["momentum_buffer"] = velocity
+                        problem.optimizer.state[param].update(_detached(state))
                     del objective
                 if number < task.hyper_batch_size:
                     after_step()
@@ -67,12 +70,15 @@ def higher(task: Task, device: torch.device, steps: int, after_step: Callable[[]
 def torchopt(
     task: Task, device: torch.device, steps: int, after_step: Callable[[], None]
 ) -> Tensor:
-    """TorchOpt (Ren et al., 2023): its functional SGD, differentiated through a window."""
+    """TorchOpt (Ren et al., 2023): its functional optimizer, differentiated through a window."""
     import torchopt
 
     problem = Problem(task, device)
-    (settings,) = {id(own): own for own in problem.settings}.values()
-    optimizer = torchopt.sgd(settings["lr"], settings["momentum"])
+    settings = problem.groups[0] | problem.settings[0]
+    if isinstance(problem.optimizer, torch.optim.SGD):
+        optimizer = torchopt.sgd(settings["lr"], settings["momentum"])
+    else:  # a slope where the second moment is zero, as in the loop by hand
+        optimizer = torchopt.adam(settings["lr"], settings["betas"], eps_root=1e-30)
     weights = tuple(param.detach().requires_grad_() for param in problem.params)
     state = optimizer.init(weights)
     hypergradient = torch.zeros(task.entries)
@@ -116,15 +122,21 @@ def betty(task: Task, device: torch.device, steps: int, after_step: Callable[[],
         _fp16 = False  # missing in version 0.2.1
 
         def initialize(self) -> None:
-            """Do what its own should, which in version 0.2.1 patches the optimizer twice."""
+            """Do what its own should: in version 0.2.1 that patches the optimizer twice.
+
+            The update at zero gradient by which it makes buffers is counted as the first step.
+            """
+            if isinstance(self.optimizer, torch.optim.Adam):
+                for param in problem.params:
+                    zeros = {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
+                    self.optimizer.state[param] = {"step": 0, **zeros}
             super(IterativeProblem, self).initialize()
             self.patch_modules()
 
         def on_inner_loop_start(self) -> None:
             self.params = tuple(param.detach().requires_grad_() for param in self.params)
             for state in self.optimizer.state:
-                if state.get("momentum_buffer") is not None:
-                    state["momentum_buffer"] = state["momentum_buffer"].detach()
+                state.update(_detached(state))
 
         def forward(self, x: Tensor) -> Tensor:
             return self.fmodule(self.params, self.buffers, x)
@@ -172,6 +184,14 @@ def betty(task: Task, device: torch.device, steps: int, after_step: Callable[[],
         engine.run()
     logging.disable(logging.NOTSET)
     return outer.hypergradient
+
+
+def _detached(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's buffers of one weight, cut from the window that they were made in."""
+    return {
+        name: value.detach() if isinstance(value, Tensor) else value
+        for name, value in state.items()
+    }
 
 
 def _gradient(objective: Tensor, leaves: list[Tensor]) -> Tensor:

@@ -196,8 +196,8 @@ class Cnn(Task):
     summary = "two convolutions and two linear layers, 3.3 M weights, batch 50, Adam"
     methods = (
         "rtho", "forward_loop", "forward_passes", "trho_keep", "trho_recompute", "reverse_loop",
-        "keep_passes", "recompute_passes", "rtho_quarter", "forward_passes_quarter",
-        "trho_quarter", "recompute_passes_quarter", "idle", "replay",
+        "higher", "torchopt", "betty", "keep_passes", "recompute_passes", "rtho_quarter",
+        "forward_passes_quarter", "trho_quarter", "recompute_passes_quarter", "idle", "replay",
     )  # fmt: skip
 
     def __init__(self, smaller: int = 1, hyper_batch_size: int = 10) -> None:
@@ -231,7 +231,10 @@ class Many(Cnn):
     """The cnn with one weight for each of 5,000 training examples."""
 
     summary = "the cnn, a weight for each of 5,000 examples"
-    methods = ("trho_keep", "trho_recompute", "reverse_loop", "keep_passes", "recompute_passes")
+    methods = (
+        "trho_keep", "trho_recompute", "reverse_loop", "higher", "torchopt", "keep_passes",
+        "recompute_passes",
+    )  # fmt: skip
     distinct_batches = 100
 
     def make_hypers(self) -> dict[str, Tensor]:
