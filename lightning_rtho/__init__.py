@@ -30,7 +30,7 @@ from lightning_rtho.hyperparameters import (
     Real,
     load_hyperparameters,
 )
-from lightning_rtho.linearization import stop_gradient
+from lightning_rtho.linearization import scale_gradient, stop_gradient
 from lightning_rtho.optim import DifferentiableOptimizer
 from lightning_rtho.schedule import OuterUpdate, Schedule
 
@@ -60,5 +60,6 @@ __all__ = [
     "hypergradcheck",
     "load_hyperparameters",
     "register_rule",
+    "scale_gradient",
     "stop_gradient",
 ]

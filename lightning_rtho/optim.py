@@ -19,7 +19,12 @@ from lightning_rtho.dynamics import (
     set_setting,
 )
 from lightning_rtho.hyperparameters import Hyperparameter, NonNegative
-from lightning_rtho.schedulers import check_schedulers, cycled_settings, rescale
+from lightning_rtho.schedulers import (
+    check_schedulers,
+    cycled_settings,
+    rescale,
+    separate_rates,
+)
 
 __all__ = ["DifferentiableOptimizer"]
 
@@ -43,6 +48,8 @@ class DifferentiableOptimizer(Optimizer):
     Args:
         optimizer: A torch optimizer with a known update rule.
         schedulers: Schedulers of its learning rate; a tuned rate is the base that they shape.
+        tuned: The hyperparameters that will be moved; None for all. Others become the numbers that
+            they are.
 
     Raises:
         TypeError: If there is no rule for its class.
@@ -59,16 +66,25 @@ class DifferentiableOptimizer(Optimizer):
     """
 
     def __new__(
-        cls, optimizer: Optimizer, schedulers: Sequence[Any] = ()
+        cls,
+        optimizer: Optimizer,
+        schedulers: Sequence[Any] = (),
+        tuned: Sequence[Hyperparameter] | None = None,
     ) -> "DifferentiableOptimizer":
         """Make an object that is also an instance of the wrapped optimizer's class."""
         name = f"Differentiable{type(optimizer).__name__}"
         combined = type(name, (DifferentiableOptimizer, type(optimizer)), {})
         return object.__new__(combined)
 
-    def __init__(self, optimizer: Optimizer, schedulers: Sequence[Any] = ()) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        schedulers: Sequence[Any] = (),
+        tuned: Sequence[Hyperparameter] | None = None,
+    ) -> None:
         self.optimizer = optimizer
         self._schedulers = tuple(schedulers)
+        self._tuned = tuned
         self.rule_class: type[UpdateRule] = rule_class_for(optimizer)
         self.before_update: Callable[[], None] | None = None
         self.after_update: Callable[[], None] | None = None
@@ -89,15 +105,22 @@ class DifferentiableOptimizer(Optimizer):
         for site in found:  # a scheduler may have set them
             group = self.param_groups[site.group]
             set_setting(group, site.setting, float(get_setting(group, site.setting)))
+        rates = [id(site.hyperparameter) for site in found if site.setting == "lr"]
+        if len(set(rates)) < len(rates):
+            separate_rates(self._schedulers, self.param_groups)
+        for site in found:
+            site.hyperparameter.restore()
+        found = [site for site in found if self._is_tuned(site.hyperparameter)]
         self._sites += found
-        for hyperparameter in self.hyperparameters:
-            hyperparameter.restore()
         self._check_schedule()
         self._written += [site.hyperparameter.item() for site in found]
 
+    def _is_tuned(self, hyperparameter: Hyperparameter) -> bool:
+        return self._tuned is None or any(hyperparameter is one for one in self._tuned)
+
     @property
     def hyperparameters(self) -> list[Hyperparameter]:
-        """The hyperparameters that act in the optimizer, each once."""
+        """The tuned hyperparameters that act in the optimizer, each once."""
         found: list[Hyperparameter] = []
         for site in self._sites:
             if not any(site.hyperparameter is known for known in found):
@@ -374,7 +397,9 @@ class DifferentiableOptimizer(Optimizer):
 
     def __reduce__(self) -> Any:
         """Copy and pickle the wrapped optimizer, and what stands in its groups."""
-        kept = ("_schedulers", "_sites", "_written", "_known_groups", "_derivative_buffers")
+        kept = (
+            "_schedulers", "_tuned", "_sites", "_written", "_known_groups", "_derivative_buffers",
+        )  # fmt: skip
         state = {name: self.__dict__[name] for name in kept}
         return DifferentiableOptimizer, (self.optimizer,), state
 
@@ -423,10 +448,10 @@ def _match_layout(buffers: MutableMapping[str, Any], grad: Tensor) -> None:
         buffers.update(dense)
 
 
-def _cohort(group: int, state: State, step: Tensor | None) -> tuple[int, float] | None:
+def _cohort(group: int, state: State, step: Tensor | float | None) -> tuple[int, float] | None:
     """Tell which parameters are at the same step, where that costs no synchronisation."""
     if any(value.dim() < state["param"].dim() for name, value in state.items() if name != "step"):
         return None  # other scalar buffers may hold other histories
-    if step is None:
-        return group, 0.0
+    if not isinstance(step, Tensor):
+        return group, step or 0.0
     return (group, step.item()) if step.device.type == "cpu" else None

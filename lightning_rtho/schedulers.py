@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.optim import lr_scheduler, swa_utils
 
-__all__ = ["check_schedulers", "cycled_settings", "rescale"]
+__all__ = ["check_schedulers", "cycled_settings", "rescale", "separate_rates"]
 
 _KNOWN = frozenset({
     lr_scheduler.ChainedScheduler,
@@ -83,6 +83,22 @@ def check_schedulers(schedulers: Sequence[Any], one_rate: bool) -> None:
                 f"learning rates of their own, got {scheduler.eta_min}: it is shared by all of "
                 "them and would have to scale with each."
             )
+
+
+def separate_rates(schedulers: Sequence[Any], groups: Sequence[dict[str, Any]]) -> None:
+    """Give each group its own rate where all rates were written into one tensor, the last one last.
+
+    So torch's LambdaLR does with functions for each of several groups that share a hyperparameter.
+
+    Args:
+        schedulers: The optimizer's schedulers.
+        groups: The optimizer's parameter groups, whose rates are numbers by now.
+    """
+    if [type(scheduler) for scheduler in schedulers] == [lr_scheduler.LambdaLR]:
+        (scheduler,) = schedulers
+        parts = zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=False)
+        for group, base, factor in parts:
+            group["lr"] = float(base) * factor(scheduler.last_epoch)
 
 
 def rescale(

@@ -190,7 +190,7 @@ class HypergradientCallback(Callback):
             self._take_back_values(self._resumed)
             self._take_back_random_state(trainer, self._resumed)
         trainer.optimizers = [
-            DifferentiableOptimizer(inner, schedulers_of(trainer, inner))
+            DifferentiableOptimizer(inner, schedulers_of(trainer, inner), [*self._tuned.values()])
             for inner in trainer.optimizers
         ]
 

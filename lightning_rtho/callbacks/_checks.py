@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.utils.checkpoint import CheckpointError
 
 from lightning_rtho.hypergradient import GradientMismatchError
 
@@ -57,14 +58,20 @@ def refusals_explained() -> Iterator[None]:
     """Turn what the mathematics below refuses into an error about the user's setting.
 
     Raises:
-        MisconfigurationException: If an operation has no second derivative, or the optimizer's
-            gradient is not the loss's.
+        MisconfigurationException: If an operation has no second derivative, the optimizer's
+            gradient is not the loss's, or a checkpointed part computes something else again.
         RuntimeError: If it is another, as it came.
     """
     try:
         yield
     except GradientMismatchError as error:
         raise MisconfigurationException(str(error)) from error
+    except CheckpointError as error:
+        raise MisconfigurationException(
+            "What runs in `torch.utils.checkpoint.checkpoint` must compute the same each time it "
+            "runs. Batch normalization does not, since it averages its statistics every time: "
+            "leave it out of what is checkpointed, or use layer or group normalization."
+        ) from error
     except RuntimeError as error:
         message = str(error)
         if "derivative for" not in message and "differentiable" not in message:

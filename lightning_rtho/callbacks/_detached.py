@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 __all__ = ["DetachedWeights"]
@@ -44,6 +45,8 @@ class DetachedWeights(TorchFunctionMode):
         inputs = list(_tensors((*args, *(kwargs or {}).values())))
         has_detached = any(map(self._is_detached, inputs))  # before `func` writes to one of them
         has_graph = any(x.requires_grad for x in inputs)
+        if func is F.batch_norm and (kwargs or {})["training"] and self._is_detached(args[0]):
+            self._tell()  # which enters running statistics
         output = func(*args, **(kwargs or {}))
         if not (has_detached or has_graph):
             return output
@@ -53,9 +56,13 @@ class DetachedWeights(TorchFunctionMode):
             if not result.requires_grad:
                 self._detached[id(result)] = weakref.ref(result)
             elif torch.is_grad_enabled() and has_detached:
-                self._warned = True
-                self._report()
+                self._tell()
         return output
+
+    def _tell(self) -> None:
+        if not self._warned:
+            self._warned = True
+            self._report()
 
     def _is_detached(self, x: Tensor) -> bool:
         known = self._detached.get(id(x))

@@ -8,6 +8,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_rtho.callbacks._metrics import logged_step
+
 __all__ = ["Diagnostic", "Diagnostics", "cosine", "split_tangents", "tangent_norms"]
 
 Diagnostic = Literal["hypergradient_cosine", "tangent_histogram", "tangent_norm"]
@@ -101,7 +103,7 @@ class Diagnostics:
             for hyper, weight, part in split_tangents(tangents, _sizes(hypergradients)):
                 finite = part[part.isfinite()].cpu().double()
                 if finite.numel() > 0:
-                    write(f"tangent_histogram/{hyper}/{weight}", finite, trainer.global_step)
+                    write(f"tangent_histogram/{hyper}/{weight}", finite, logged_step(trainer))
 
 
 def cosine(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:

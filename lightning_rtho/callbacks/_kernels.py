@@ -1,5 +1,6 @@
 """Kernels whose backward pass can be differentiated, for the steps that are followed."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn
@@ -10,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils.checkpoint import CheckpointFunction
 
 __all__ = [
@@ -36,7 +38,8 @@ def twice_differentiable_kernels(module: nn.Module) -> Iterator[None]:
         # the graph, and the weights' part in the activations would be lost without a word.
         stack.enter_context(mock.patch.object(CheckpointFunction, "apply", _refuse_checkpoint))
         # Private: torch's fused kernel has a second derivative, and it is wrong (torch 2.13).
-        stack.enter_context(mock.patch.object(torch, "_weight_norm", _weight_norm))
+        for place in (torch, sys.modules[WeightNorm.__module__]):  # the old one keeps it by name
+            stack.enter_context(mock.patch.object(place, "_weight_norm", _weight_norm))
         stack.enter_context(mock.patch.object(torch, "embedding", _dense_embedding))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(native_recurrent_kernels(module))

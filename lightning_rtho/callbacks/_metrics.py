@@ -7,7 +7,7 @@ from lightning.pytorch import Trainer
 
 from lightning_rtho.schedule import OuterUpdate
 
-__all__ = ["log_metrics", "metrics_of"]
+__all__ = ["log_metrics", "logged_step", "metrics_of"]
 
 
 def metrics_of(update: OuterUpdate) -> dict[str, float]:
@@ -39,4 +39,19 @@ def log_metrics(trainer: Trainer, metrics: Mapping[str, float]) -> None:
     """
     known = {name: value for name, value in metrics.items() if not math.isnan(value)}
     for logger in trainer.loggers if known else []:
-        logger.log_metrics(known, step=trainer.global_step)
+        logger.log_metrics(known, step=logged_step(trainer))
+
+
+def logged_step(trainer: Trainer) -> int:
+    """Return the step at which loggers are handed what a batch has come to.
+
+    Args:
+        trainer: The trainer, at the end of a batch or before the first.
+
+    Returns:
+        The optimizer's steps; where it is stepped by hand, any times a batch, batches: so Lightning
+        counts what a module logs.
+    """
+    if trainer.lightning_module.automatic_optimization:
+        return trainer.global_step
+    return trainer.fit_loop.total_batch_idx + 1

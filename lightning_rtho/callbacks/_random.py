@@ -10,7 +10,7 @@ __all__ = ["read_random_state", "write_random_state"]
 
 
 def read_random_state() -> dict[str, Any]:
-    """Read the random state of torch on the CPU and CUDA, of numpy and of Python.
+    """Read the random state of torch on the CPU, CUDA and MPS, of numpy and of Python.
 
     Returns:
         Tensors, numbers and lists.
@@ -20,6 +20,7 @@ def read_random_state() -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "mps": [torch.mps.get_rng_state()] if torch.backends.mps.is_available() else [],
         "python": [version, list(words), gauss],
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
     }
@@ -35,6 +36,8 @@ def write_random_state(state: dict[str, Any]) -> None:
     if state["cuda"] and torch.cuda.is_available():
         # A checkpoint may come from a machine with more devices.
         torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
+    if state.get("mps") and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"][0])
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, *rest = state["numpy"]

@@ -16,6 +16,7 @@ from typing_extensions import override
 from lightning_rtho._types import State
 from lightning_rtho.callbacks._base import HypergradientCallback
 from lightning_rtho.callbacks._company import forget_what_is_given_up
+from lightning_rtho.callbacks._metrics import log_metrics
 from lightning_rtho.callbacks._run import schedulers_of
 from lightning_rtho.callbacks._selection import select_hyperparameters
 from lightning_rtho.callbacks._snapshot import (
@@ -256,11 +257,8 @@ class ReplaySchedule(Callback):
             # Stochastic weight averaging brings in a scheduler of its own.
             optimizer.follow_schedulers(schedulers_of(trainer, optimizer.optimizer))
             optimizer.write_hyperparameters()
-        for logger in trainer.loggers:
-            values = {
-                f"hyperparameter/{k}": v.mean().item() for k, v in self.hyperparameters.items()
-            }
-            logger.log_metrics(values, step=trainer.global_step)
+        values = self.hyperparameters.items()
+        log_metrics(trainer, {f"hyperparameter/{k}": v.mean().item() for k, v in values})
 
     @property
     def _params(self) -> list[Tensor]:

@@ -24,6 +24,7 @@ from lightning_rtho.callbacks._kernels import (
     warn_of_eager_steps,
 )
 from lightning_rtho.callbacks._manual import ManualStep
+from lightning_rtho.callbacks._own_backward import WatchedHooks, warn_of_own_functions
 from lightning_rtho.callbacks._replay import TrainingStepReplay, loss_scale
 from lightning_rtho.callbacks._snapshot import read_derivative_buffers, write_derivative_buffers
 from lightning_rtho.hypergradient import AbstractHypergradient, OptimizerStep, Recollection
@@ -33,6 +34,7 @@ from lightning_rtho.linearization import (
     ClipByValue,
     GradientClip,
     RunningStatistics,
+    StatisticUpdate,
     TracedLoss,
 )
 from lightning_rtho.optim import DifferentiableOptimizer
@@ -78,9 +80,9 @@ class FollowedRun:
         self._raw_grads: dict[Tensor, Tensor] = {}
         self._hand_over = GradientHandOver(module)
         self._manual = None if module.automatic_optimization else ManualStep(module)
-        self._following = self._resting = self._warned_of_freezing = False
+        self._following = self._resting = self._warned_of_resting = False
         self._live: set[Tensor] = set()
-        self._watched = False
+        self._watched = self._is_first_batch = False
         self._watch = ExitStack()
         self._forward_context = ExitStack()
         self._replay: TrainingStepReplay | None = None
@@ -101,7 +103,7 @@ class FollowedRun:
         self._watch.close()
         self._forward_context.close()
         if self._following and not follow:
-            self.method.reset()  # the run is not followed any more
+            self._begin_anew()  # the run is not followed any more
         follow = follow and not self._resting
         self._following, self._replay = follow, None
         for optimizer in self._optimizers:
@@ -117,13 +119,16 @@ class FollowedRun:
                 self._replay = self._prepare_replay(batch, batch_idx)
             else:
                 self._forward_context.enter_context(twice_differentiable_kernels(self._module))
-            self._statistics.start()
+            # Where losses are computed again, their statistics are, too.
+            self._statistics.start(traced=not self.method.needs_replay)
             if self._manual is not None:
                 self._manual.start()
-            if not self._watched:
+            self._is_first_batch = not self._watched
+            if self._is_first_batch:
                 self._watched = True
                 moving = [param for param in self.trained if param.requires_grad]
                 self._watch.enter_context(DetachedWeights(moving))
+                self._watch.enter_context(WatchedHooks())
 
     def _prepare_replay(self, batch: Any, batch_idx: int) -> TrainingStepReplay:
         """Make ready to compute the loss again: the whole in the first step, then of a sample."""
@@ -162,27 +167,60 @@ class FollowedRun:
                 "`self.toggle_optimizer(...)`, or not at all."
             )
         if not self._live <= live:
-            self._following, self._resting = False, True
-            if not self._warned_of_freezing:
-                self._warned_of_freezing = True
-                rank_zero_warn(
-                    f"Weights were frozen at step {self._trainer.global_step}: hypergradients "
-                    "count the run after it alone; this is said once."
-                )
+            self._rest("Weights were frozen")
         self._live = live
+
+    def _take_statistics(self) -> tuple[StatisticUpdate, ...]:
+        """Return what forward passes did to running statistics, if that can be followed."""
+        updates = self._statistics.collect()
+        layer = self._statistics.unwatched
+        if layer is not None:
+            names = {part: name for name, part in self._module.named_modules()}
+            raise MisconfigurationException(
+                f"`{names[layer]}` averages its running statistics by itself, so that they cannot "
+                "be followed. Let its `forward` call `torch.nn.functional.batch_norm`."
+            )
+        if self._statistics.reads_past and self._manual is not None:
+            raise MisconfigurationException(
+                "Batch normalization that has trained runs in evaluation mode in a training step, "
+                "whose dependence on the running statistics cannot be followed in manual "
+                "optimization. Keep it in one mode."
+            )
+        if self._statistics.reads_past:
+            self._rest("Batch normalization that has trained was in evaluation mode")
+        return updates
+
+    def _rest(self, why: str) -> None:
+        """Do not follow the run up to its next update, after which it begins anew."""
+        self._following, self._resting = False, True
+        if not self._warned_of_resting:
+            self._warned_of_resting = True
+            rank_zero_warn(
+                f"{why} at step {self._trainer.global_step}: hypergradients count the run after it "
+                "alone; this is said once."
+            )
+
+    def _begin_anew(self) -> None:
+        """Forget that the present state has a past."""
+        self.method.reset()
+        self._statistics.forget()
 
     def before_backward(self, loss: Tensor) -> None:
         """Hand the loss to the method; where that gives the gradient, backward just uses it."""
         if self._manual is None:
             self._watch.close()
             self._forward_context.close()
+        updates: tuple[StatisticUpdate, ...] = ()
         if self._following:
             self._rest_if_weights_were_frozen()
+            updates = self._take_statistics()
         if not self._following:
             return
         if self._replay is not None:
             self._replay.keep_changed_buffers()
         self._look_for_unseen(loss)
+        if self._is_first_batch:
+            warn_of_own_functions(loss)
         if self._manual is not None:
             self._manual.check_order(loss)
             self.method.forget_gradients(
@@ -190,7 +228,7 @@ class FollowedRun:
             )
         scale = loss_scale(self._trainer)
         is_shared = self._manual is not None  # as by a generator and its critic
-        traced = TracedLoss(loss, self._statistics.collect(), scale, is_shared)
+        traced = TracedLoss(loss, updates, scale, is_shared)
         gradients = self.method.record(traced, self._replay)
         self._recorded = True
         if self._manual is not None:
@@ -262,7 +300,7 @@ class FollowedRun:
         self._watch.close()
         self._forward_context.close()
         if self._following:
-            self._statistics.collect()
+            self._record_statistics()
         if self._following and self._manual is not None:
             self._manual.stop()
             self._refuse_unseen()
@@ -281,8 +319,8 @@ class FollowedRun:
         """Hand an optimizer's coming step to the method."""
         self._watch.close()
         if self._resting:  # its backward pass may have needed what the method holds
-            self._resting = False
-            self.method.reset()
+            self._resting = self._recorded = False
+            self._begin_anew()
         if not self._following:
             return
         if self._manual is None:
@@ -297,7 +335,8 @@ class FollowedRun:
         if self._manual is not None:
             clip, raw_grads = self._manual.take_clip(optimizer)
             self._manual.note_update(optimizer.params)
-            self._record_statistics()
+            self._record_statistics()  # before their weights move
+            self._statistics.start()
         transitions = optimizer.transitions(self._columns)
         trained = optimizer.params
         raw = [raw_grads.get(trained[t.index], t.grad) for t in transitions]
@@ -325,12 +364,13 @@ class FollowedRun:
         self._hand_over.after_update()
 
     def _record_statistics(self) -> None:
-        """Record forward passes that no backward pass has followed, before their weights move."""
-        updates = self._statistics.collect()
-        if updates:
+        """Record forward passes that no backward pass has followed."""
+        updates = self._take_statistics()
+        if updates and self.method.needs_replay:
+            self._rest("A training step with batch normalization had no loss")
+        elif updates and self._following:
             nothing = torch.zeros((), requires_grad=True)
             self.method.record(TracedLoss(nothing, updates), None)
-        self._statistics.start()
 
     @property
     def parameter_names(self) -> list[str]:

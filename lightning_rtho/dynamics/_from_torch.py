@@ -202,6 +202,7 @@ def read_state(rule: type[UpdateRule], optimizer: Optimizer, param: Tensor) -> S
     state = {"param": param.detach()}
     for name in rule.buffers:
         value = buffers.get(name)
-        if value is not None:  # torch keeps step counts on the CPU
+        if value is not None:  # torch keeps step counts on the CPU, others as numbers
+            value = value if isinstance(value, Tensor) else torch.tensor(float(value))
             state[name] = sent_to(param.device, value).to_dense()  # SGD's velocity may be sparse
     return state

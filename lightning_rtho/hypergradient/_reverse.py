@@ -122,7 +122,7 @@ class ReverseHypergradient(AbstractHypergradient):
         Returns:
             Cotangents of the raw gradients, one a transition, each ``[*P]``.
         """
-        grads_bar: Sequence[Tensor] = []
+        grads_bar: list[Tensor] = []
         columns: list[int] = []
         parts: list[Tensor] = []
         for transition in step.transitions:
@@ -135,11 +135,11 @@ class ReverseHypergradient(AbstractHypergradient):
             parts += [
                 transition.slopes.get(name, 1.0) * hyper_bar[name] for name in transition.columns
             ]
-            grads_bar = [*grads_bar, grad_bar]
+            grads_bar.append(grad_bar)
         _add_entries(total, columns, parts)
-        if step.clip is not None and step.transitions:
-            grads_bar = step.clip.vjp(step.raw_grads, grads_bar)
-        return grads_bar
+        if step.clip is None or not step.transitions:
+            return grads_bar
+        return step.clip.vjp(step.raw_grads, grads_bar)
 
     def _pull_back_losses(
         self,

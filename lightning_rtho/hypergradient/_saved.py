@@ -88,6 +88,8 @@ class SavedWeights:
                 return _locate(tensor)
             if address in self._buffers or tensor.dim() == 0:
                 tensor = tensor.clone()
+        elif tensor.numel() == 0:  # which may be a weight
+            tensor = tensor.clone()
         tensor = tensor.detach()  # what a node has put out would hold the node, which holds it
         return _Saved(tensor, tensor._version)
 

@@ -140,7 +140,7 @@ def _arithmetic(name: str, reflected: bool) -> Callable[..., Any]:
         if self.dim() > 0:
             return getattr(Tensor, method)(self, other)
         if isinstance(other, Tensor) and not _is_number(other):
-            scalar = _cast(self, [other]) if self.requires_grad else self.item()
+            scalar = _operand(self, other) if self.requires_grad else self.item()
             result = beside_tensor(other, scalar)
             return result.to(torch.result_type(other, 1.0))
         pair = (other, self) if reflected else (self, other)
@@ -164,6 +164,13 @@ def _cast(number: Tensor, others: Sequence[Tensor]) -> Tensor:
     )
     with torch._C.DisableTorchFunctionSubclass():
         return sent_to(others[0].device, number.as_subclass(Tensor), dtype)
+
+
+def _operand(number: Tensor, other: Tensor) -> Tensor:
+    """Turn a scalar into the operand that stands for it in arithmetic with a tensor."""
+    # Kernels of low precision read scalars in float32 only where the host holds them.
+    scalar = _cast(number, [other])
+    return scalar.cpu() if other.is_floating_point() and other.element_size() < 4 else scalar
 
 
 for _name in ("add", "sub", "mul", "truediv", "pow"):

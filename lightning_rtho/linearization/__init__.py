@@ -11,7 +11,11 @@ from lightning_rtho.linearization._statistics import (
     TracedLoss,
 )
 from lightning_rtho.linearization._step import load_forward_mode, step_jvp, step_vjp
-from lightning_rtho.linearization._stop_gradient import stop_gradient, value_dependence
+from lightning_rtho.linearization._stop_gradient import (
+    scale_gradient,
+    stop_gradient,
+    value_dependence,
+)
 
 __all__ = [
     "ClipByNorm",
@@ -28,6 +32,7 @@ __all__ = [
     "graph_nodes",
     "is_large",
     "load_forward_mode",
+    "scale_gradient",
     "step_jvp",
     "step_vjp",
     "stop_gradient",

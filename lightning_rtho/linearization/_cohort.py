@@ -74,13 +74,14 @@ def cohort_jvp(
     for name, value in new_state_dot.items():
         pieces = value.split(sizes, 1) if value.dim() > 1 else [value] * len(parts)
         for part, piece, shape in zip(parts, pieces, shapes, strict=True):
-            part[name] = piece.reshape(-1, *shape) if value.dim() > 1 else piece
+            part[name] = piece.reshape(len(value), *shape) if value.dim() > 1 else piece
     return parts
 
 
 def _join(tensors: Sequence[Tensor], batch_dims: int) -> Tensor:
     """Flatten tensors behind their batch axes and lay them end to end."""
-    return torch.cat([t.reshape(*t.shape[:batch_dims], -1) for t in tensors], batch_dims)
+    shapes = [(*t.shape[:batch_dims], t.shape[batch_dims:].numel()) for t in tensors]
+    return torch.cat([t.reshape(s) for t, s in zip(tensors, shapes, strict=True)], batch_dims)
 
 
 def _join_states(states: Sequence[State], batch_dims: int) -> State:

@@ -10,7 +10,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from lightning_rtho._numerics import differ
 from lightning_rtho.linearization._graph import graph_nodes
 from lightning_rtho.linearization._statistics import TracedLoss
-from lightning_rtho.linearization._stop_gradient import stops_gradient, value_dependence
+from lightning_rtho.linearization._stop_gradient import changes_gradient, value_dependence
 
 __all__ = ["Linearization", "Product"]
 
@@ -39,8 +39,8 @@ class Linearization:
 
         H v = (d/dw, d/dlambda) <(g_w, g_lambda), v>.
 
-    Where a gradient was stopped, the gradient's Jacobian is not symmetric; then products with it
-    and with its transpose are told apart.
+    Where a gradient was stopped or scaled, the gradient's Jacobian is not symmetric; then products
+    with it and with its transpose are told apart.
 
     Statistics s(w) that the forward pass left behind join in with multipliers u: of
     L + <u, s> at u = 0, the mixed part of the Hessian is ds/dw.
@@ -93,7 +93,7 @@ class Linearization:
         )
         nodes = {node.name() for node in graph_nodes(gradients)}
         _check_twice_differentiable(nodes)
-        self._is_symmetric = not stops_gradient(nodes)
+        self._is_symmetric = not changes_gradient(nodes)
         outputs = [*gradients, *statistics]  # the derivative of L + <u, s> by u is s
         # Where they are in the graph, not what they are: that may go while products are taken.
         self._outputs = [

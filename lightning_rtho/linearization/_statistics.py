@@ -4,15 +4,15 @@ A model is validated with the statistics that its training forward passes left b
 carry a part of the outer objective's dependence on the hyperparameters.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.hooks import RemovableHandle
 
 __all__ = ["RunningStatistics", "StatisticUpdate", "TracedLoss"]
 
@@ -57,6 +57,12 @@ class RunningStatistics:
     Args:
         module: The module; its layers may be trained, frozen or absent.
 
+    Attributes:
+        reads_past: Whether a forward pass since :meth:`start` has used statistics that were updated
+            before, as a layer does that has been frozen: no derivative by them is followed.
+        unwatched: A layer that has changed its statistics by itself, between :meth:`start` and
+            :meth:`collect`: that is not followed; None if there is none.
+
     Example:
         >>> norm = nn.BatchNorm1d(1)
         >>> statistics = RunningStatistics(norm)
@@ -72,8 +78,13 @@ class RunningStatistics:
             for layer in module.modules()
             if isinstance(layer, _BatchNorm) and layer.running_mean is not None
         ]
-        self._handles: list[RemovableHandle] = []
+        self._patch = ExitStack()
+        self._traced = True
+        self._versions: list[int | None] = []
         self._updates: list[StatisticUpdate] = []
+        self._moved: set[int] = set()
+        self.reads_past = False
+        self.unwatched: nn.Module | None = None
 
     @property
     def buffers(self) -> list[Tensor]:
@@ -81,37 +92,72 @@ class RunningStatistics:
         pairs = [(norm.running_mean, norm.running_var) for norm in self._norms]
         return [buffer for pair in pairs for buffer in pair if buffer is not None]
 
-    def start(self) -> None:
-        """Watch the coming forward passes."""
+    def start(self, *, traced: bool = True) -> None:
+        """Watch the coming forward passes.
+
+        Args:
+            traced: Whether the statistics that they give shall have their graphs.
+        """
         self.collect()
-        self._handles = [
-            norm.register_forward_pre_hook(self._watch, with_kwargs=True) for norm in self._norms
-        ]
+        if self._norms:
+            self._traced, self.reads_past = traced, False
+            self._versions = [_version(buffer) for buffer in self.buffers]
+            # Layers with a `forward` of their own call it, too, each as often as it likes.
+            self._patch.enter_context(mock.patch.object(torch, "batch_norm", self._watched))
 
     def collect(self) -> tuple[StatisticUpdate, ...]:
         """Stop watching and return the updates seen."""
-        for handle in self._handles:
-            handle.remove()
-        updates, self._updates, self._handles = tuple(self._updates), [], []
+        self._patch.close()
+        updates, self._updates = tuple(self._updates), []
+        seen = {update.buffer for update in updates}
+        self._moved |= seen
+        self.unwatched = self._changed_otherwise(seen)
+        self._versions = []
         return updates
 
-    def _watch(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Compute what the layer is about to average into its buffers, differentiably."""
-        assert isinstance(norm, _BatchNorm)
-        if not norm.training:
-            return
-        factor = norm.momentum
-        if factor is None:  # the mean over all batches so far
-            assert norm.num_batches_tracked is not None
-            factor = 1 / (norm.num_batches_tracked.item() + 1)
-        assert norm.running_mean is not None
-        x = _input(*args, **kwargs).to(norm.running_mean.dtype)
-        axes = [axis for axis in range(x.dim()) if axis != 1]
-        first = 2 * next(i for i, known in enumerate(self._norms) if known is norm)
-        self._updates += [
-            StatisticUpdate(first, factor, x.mean(axes)),
-            StatisticUpdate(first + 1, factor, x.var(axes)),
-        ]
+    def forget(self) -> None:
+        """Take the statistics for what they are from here on, whatever they came from."""
+        self._moved = set()
+
+    def _changed_otherwise(self, seen: Collection[int]) -> nn.Module | None:
+        """Find a layer that averages by itself: its buffers were written to, but not seen to be."""
+        for i, (buffer, version) in enumerate(zip(self.buffers, self._versions, strict=False)):
+            norm = self._norms[i // 2]
+            is_own = type(norm).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+            if is_own and i not in seen and version != _version(buffer):
+                return norm
+        return None
+
+    def _first_buffer(self, mean: Tensor | None) -> int | None:
+        """Return the position of the running mean of a known layer; None for another's."""
+        means = (norm._buffers["running_mean"] for norm in self._norms)
+        return next((2 * i for i, known in enumerate(means) if known is mean), None)
+
+    def _watched(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        cudnn: bool,
+    ) -> Tensor:
+        """Normalize a batch; compute what is averaged into the buffers, differentiably."""
+        first = self._first_buffer(mean)
+        if first is not None and training:
+            assert mean is not None
+            with torch.set_grad_enabled(self._traced and torch.is_grad_enabled()):
+                exact, axes = x.to(mean.dtype), _axes(x)
+                self._updates += [
+                    StatisticUpdate(first, momentum, exact.mean(axes)),
+                    StatisticUpdate(first + 1, momentum, exact.var(axes)),
+                ]
+        elif first in self._moved and torch.is_grad_enabled():
+            self.reads_past = True
+        return _batch_norm(x, weight, bias, mean, var, training, momentum, eps, cudnn)
 
     @contextmanager
     def differentiable(self) -> Iterator[list[Tensor]]:
@@ -124,27 +170,40 @@ class RunningStatistics:
         leaves = [buffer.detach().clone().requires_grad_() for buffer in self.buffers]
 
         def normalize(
-            norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+            x: Tensor,
+            weight: Tensor | None,
+            bias: Tensor | None,
+            mean: Tensor | None,
+            var: Tensor | None,
+            training: bool,
+            momentum: float,
+            eps: float,
+            cudnn: bool,
         ) -> Tensor:
-            assert isinstance(norm, _BatchNorm)
-            if norm.training:
-                return output
-            first = 2 * next(i for i, known in enumerate(self._norms) if known is norm)
-            shape = [1, -1, *[1] * (output.dim() - 2)]
-            mean, var = (leaf.reshape(shape) for leaf in leaves[first : first + 2])
-            normal: Tensor = (_input(*args, **kwargs) - mean) * torch.rsqrt(var + norm.eps)
-            if norm.affine:
-                normal = normal * norm.weight.reshape(shape) + norm.bias.reshape(shape)
-            return normal.to(output.dtype)
+            first = self._first_buffer(mean)
+            if first is None or training:
+                return _batch_norm(x, weight, bias, mean, var, training, momentum, eps, cudnn)
+            shape = [1, -1, *[1] * (x.dim() - 2)]
+            live_mean, live_var = (leaf.reshape(shape) for leaf in leaves[first : first + 2])
+            normal = (x - live_mean) * torch.rsqrt(live_var + eps)
+            if weight is not None:
+                normal = normal * weight.reshape(shape)
+            if bias is not None:
+                normal = normal + bias.reshape(shape)
+            return normal.to(x.dtype)
 
-        handles = [norm.register_forward_hook(normalize, with_kwargs=True) for norm in self._norms]
-        try:
+        with mock.patch.object(torch, "batch_norm", normalize) if leaves else nullcontext():
             yield leaves
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
-def _input(input: Tensor) -> Tensor:
-    """Return the argument of a layer, whether it was called with its name or without."""
-    return input
+_batch_norm = torch.batch_norm
+
+
+def _axes(x: Tensor) -> list[int]:
+    """Return the axes of a batch that are averaged over: all but the channels'."""
+    return [axis for axis in range(x.dim()) if axis != 1]
+
+
+def _version(buffer: Tensor) -> int | None:
+    """Count of the writes to a buffer; None where torch does not count them."""
+    return None if buffer.is_inference() else buffer._version

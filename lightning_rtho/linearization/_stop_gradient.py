@@ -1,4 +1,4 @@
-"""Stopping a gradient without losing what the gradient itself depends on."""
+"""Stopping or scaling a gradient without losing what the gradient itself depends on."""
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-__all__ = ["stop_gradient", "stops_gradient", "value_dependence"]
+__all__ = ["changes_gradient", "scale_gradient", "stop_gradient", "value_dependence"]
 
 
 def stop_gradient(x: Tensor) -> Tensor:
@@ -33,42 +33,84 @@ def stop_gradient(x: Tensor) -> Tensor:
     return stopped
 
 
+def scale_gradient(x: Tensor, factor: float | Tensor) -> Tensor:
+    """Multiply the training gradient that passes a tensor by a factor, and leave its value alone.
+
+    Use it for what a hook or an ``autograd.Function`` of one's own does in plain scripts: -1 is the
+    gradient reversal of adversarial features. Their backward passes would be taken for derivatives
+    of values, too, which they are not; of this one hypergradients know.
+
+    Args:
+        x: The tensor ``[*X]``.
+        factor: A number, which may be a hyperparameter ``[]``.
+
+    Returns:
+        The same values ``[*X]``.
+
+    Example:
+        >>> w = torch.tensor(3.0, requires_grad=True)
+        >>> torch.autograd.grad(scale_gradient(w, -1) * w, w)
+        (tensor(0.),)
+
+    References:
+        Ganin and Lempitsky (2015) for gradient reversal.
+    """
+    scaled: Tensor = _ScaleGradient.apply(x, factor)
+    return scaled
+
+
 @contextmanager
 def value_dependence() -> Iterator[None]:
-    """Let derivatives pass where gradients are stopped: for derivatives of values, not gradients.
+    """Let derivatives pass where gradients are changed: for derivatives of values, not gradients.
 
     Yields:
         Nothing.
     """
-    before, _StopGradient.passes = _StopGradient.passes, True
+    before, _ChangedGradient.passes = _ChangedGradient.passes, True
     try:
         yield
     finally:
-        _StopGradient.passes = before
+        _ChangedGradient.passes = before
 
 
-def stops_gradient(nodes: Collection[str]) -> bool:
-    """Tell whether a graph holds a stopped gradient.
+def changes_gradient(nodes: Collection[str]) -> bool:
+    """Tell whether a graph holds a gradient that is stopped or scaled.
 
     Args:
         nodes: Names of the graph's nodes.
 
     Returns:
-        Whether one of them is that of :func:`stop_gradient`.
+        Whether one of them is that of :func:`stop_gradient` or :func:`scale_gradient`.
     """
-    return f"{_StopGradient.__name__}Backward" in nodes
+    return any(f"{cls.__name__}Backward" in nodes for cls in (_StopGradient, _ScaleGradient))
 
 
-class _StopGradient(torch.autograd.Function):
-    """Identity; its derivative passes as a whole or not at all."""
+class _ChangedGradient(torch.autograd.Function):
+    """Identity, whose derivative passes where it is that of values."""
 
     passes: ClassVar[bool] = False
-    """Global: backward passes run on threads of their own."""
+    """Global, read from here alone: backward passes run on threads of their own."""
 
+
+class _StopGradient(_ChangedGradient):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor | None:
-        return grad if _StopGradient.passes else None
+        return grad if _ChangedGradient.passes else None
+
+
+class _ScaleGradient(_ChangedGradient):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float | Tensor) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        factor = ctx.factor
+        # The loss does not depend on the factor, but is seen to be made with it.
+        by_factor = torch.zeros_like(factor) if isinstance(factor, Tensor) else None
+        return grad if _ChangedGradient.passes else factor * grad, by_factor

@@ -47,6 +47,8 @@ class CyclingBatches:
         self._order = self._generator.get_state()
         self._taken = 0
         self._noise = torch.get_rng_state()
+        # Of the user's own samplers and loaders, which may be those of the training data, too.
+        self._others = {g: g.get_state() for g in _generators_of(source)}
 
     def __iter__(self) -> Iterator[Any]:
         """Return itself."""
@@ -75,13 +77,19 @@ class CyclingBatches:
 
     @contextmanager
     def _own_random_state(self) -> Iterator[None]:
-        """Let samplers and datasets that draw from torch's global generator draw from another."""
+        """Let what draws from torch's global generator, or one of the user's, draw from another."""
+        present = {generator: generator.get_state() for generator in self._others}
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(self._noise)
+            for generator, state in self._others.items():
+                generator.set_state(state)
             try:
                 yield
             finally:
                 self._noise = torch.get_rng_state()
+                for generator, state in present.items():
+                    self._others[generator] = generator.get_state()
+                    generator.set_state(state)
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the stream stands: the order of this cycle and the batches taken of it."""
@@ -112,6 +120,14 @@ class _Shard(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         return islice(islice(self._sampler, self._rank, None, self._world_size), self._length)
+
+
+def _generators_of(source: Any) -> set[torch.Generator]:
+    """Return the generators that a loader and its samplers draw from, but for the global one."""
+    batches = getattr(source, "batch_sampler", None)
+    holders = (source, getattr(source, "sampler", None), batches, getattr(batches, "sampler", None))
+    found = {getattr(holder, "generator", None) for holder in holders}
+    return {g for g in found if isinstance(g, torch.Generator) and g is not torch.default_generator}
 
 
 def _own_loader(

@@ -1,6 +1,7 @@
 """Other callbacks and changes in mid-run."""
 
 import io
+import warnings
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
@@ -21,10 +22,16 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor, optim
+from torch import Tensor, nn, optim
 
 from lightning_rtho import RTHO, TRHO, Hyperparameter, KeepGraph, Positive
-from tests.callbacks.problems import SmallNet, finite_difference, fit, validation_loss
+from tests.callbacks.problems import (
+    FEATURES,
+    SmallNet,
+    finite_difference,
+    fit,
+    validation_loss,
+)
 
 STEPS = 8
 METHODS = {
@@ -168,6 +175,67 @@ def test_weights_frozen_in_mid_run_begin_a_new_history(method):
             fit(module, callback, steps=9)
         found.append(callback.hypergradients["lr"].item())
     assert found[0] == found[1]
+
+
+def normed() -> nn.Module:
+    layers = [nn.Linear(FEATURES, 3), nn.BatchNorm1d(3, momentum=0.4), nn.Tanh(), nn.Linear(3, 1)]
+    return nn.Sequential(*layers)
+
+
+class FreezingNorm(SmallNet):
+    """Its batch normalization keeps its statistics from the fifth step on."""
+
+    def training_step(self, batch, batch_idx):
+        self.net[1].train(self.global_step < 4)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_batch_norm_frozen_in_mid_run_begins_a_new_history(method):
+    found = []
+    for start in (0, 5):  # four steps, one that is left out, four more
+        count = 8 if start == 0 else 4
+        callback = METHODS[method](hyper_batch_size=count, start_step=start, outer_optimizer=None)
+        module = FreezingNorm(body=normed, lr=0.1, momentum=0.5)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit(module, callback, steps=9)
+        found.append(callback.hypergradients["lr"].item())
+        is_said = any("evaluation mode at step 4" in str(w.message) for w in caught)
+        assert is_said == (start == 0)
+    assert found[0] == found[1]
+
+
+class Skipping(SmallNet):
+    """Looks at each third batch and learns nothing from it."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return None if batch_idx % 3 == 1 else loss
+
+
+@pytest.mark.parametrize("method", ["forward", "keep graph"])
+def test_batch_statistics_of_steps_without_a_loss_are_followed(method):
+    def loss_at(lr: float) -> float:
+        module = Skipping(body=normed, lr=lr, momentum=0.5)
+        fit(module, steps=STEPS)
+        return validation_loss(module)
+
+    # Of five batches the second and the fifth have no loss.
+    callback = METHODS[method](hyper_batch_size=5, outer_optimizer=None)
+    fit(Skipping(body=normed, lr=0.1, momentum=0.5), callback, steps=STEPS)
+    (found,) = callback.hypergradients.values()
+    assert found.item() == pytest.approx(finite_difference(0.1, loss_at), rel=1e-6)
+
+
+def test_what_cannot_be_made_again_without_a_loss_begins_a_new_history():
+    module = Skipping(body=normed, lr=0.1, momentum=0.5)
+    callback = TRHO(["lr"], hyper_batch_size=1, outer_optimizer=None)
+    with pytest.warns(UserWarning, match="A training step with batch normalization had no loss"):
+        fit(module, callback, steps=STEPS)
+    # Steps 2, 5 and 7 have no loss; those after them are left out.
+    assert [update.step for update in callback.schedule] == [1, 4]
+    assert next(iter(callback.hypergradients.values())).isfinite()
 
 
 AVERAGES: dict[str, Any] = {

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_rtho import RTHO, TRHO, KeepGraph, Recompute, stop_gradient
+from lightning_rtho import RTHO, TRHO, KeepGraph, Recompute, scale_gradient, stop_gradient
 from tests.callbacks.problems import (
     FEATURES,
     SmallNet,
@@ -43,17 +43,30 @@ def normed() -> nn.Module:
     return nn.Sequential(nn.Linear(FEATURES, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Linear(3, 1))
 
 
+class Reversed(SmallNet):
+    """Features shall not tell whose the example is: the gradient of that part is turned round."""
+
+    scale = staticmethod(scale_gradient)
+
+    def training_step(self, batch, batch_idx):
+        x, _ = batch
+        features = self.net[:-1](x)
+        guessed = self.net[-1](self.scale(features, -self.l2))
+        return super().training_step(batch, batch_idx) + F.mse_loss(guessed, x[:, :1])
+
+
 @pytest.mark.parametrize("body", [None, normed], ids=["plain", "batch norm"])
+@pytest.mark.parametrize("module_class", [Bootstrapped, Reversed])
 @pytest.mark.parametrize("method", METHODS)
-def test_what_a_gradient_was_stopped_at_is_followed(method, body):
+def test_what_a_gradient_was_stopped_at_or_scaled_by_is_followed(method, module_class, body):
     settings = {"lr": 0.1, "momentum": 0.6, "l2": 0.3}
     callback = METHODS[method](6)
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*were detached")
-        fit(Bootstrapped(body=body, **as_hyperparameters(settings)), callback, steps=6)
+        warnings.filterwarnings("error", message=".*(were detached|autograd function)")
+        fit(module_class(body=body, **as_hyperparameters(settings)), callback, steps=6)
 
     def loss_at(name: str, value: float) -> float:
-        module = Bootstrapped(body=body, **{**settings, name: value})
+        module = module_class(body=body, **{**settings, name: value})
         fit(module, steps=6)
         return validation_loss(module)
 
@@ -73,6 +86,95 @@ def test_stop_gradient_trains_as_detach_does():
         fit(module, steps=6)
     for one, other in zip(stopped.parameters(), detached.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+class GradientReversal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.factor * grad, None
+
+
+def test_scale_gradient_trains_as_a_function_of_ones_own_does():
+    class Plain(Reversed):
+        scale = staticmethod(GradientReversal.apply)
+
+    ours, plain = Reversed(lr=0.1, l2=0.3), Plain(lr=0.1, l2=0.3)
+    for module in (ours, plain):
+        fit(module, steps=6)
+    for one, other in zip(ours.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_hyperparameter_that_only_scales_a_gradient_is_used():
+    class Adversarial(SmallNet):
+        def training_step(self, batch, batch_idx):
+            predicted = self.net(batch[0])
+            return F.mse_loss(scale_gradient(predicted, self.l2), batch[1])
+
+    found = RTHO(hyper_batch_size=4, outer_optimizer=None)
+    fit(Adversarial(**as_hyperparameters({"l2": 0.3}), lr=0.1), found, steps=4)
+    by_rate = RTHO(["lr"], hyper_batch_size=4, outer_optimizer=None)
+    fit(Adversarial(l2=0.3, lr=0.1), by_rate, steps=4)
+    # Only the product of the two acts: 0.3 dE/d(0.3) = 0.1 dE/d(0.1), but for rounding.
+    assert found.hypergradients["l2"].item() * 0.3 == pytest.approx(
+        by_rate.hypergradients["lr"].item() * 0.1, rel=1e-12
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_function_of_ones_own_is_warned_of(method):
+    class Plain(Reversed):
+        scale = staticmethod(GradientReversal.apply)
+
+    with pytest.warns(UserWarning, match="function `GradientReversal`") as warned:
+        fit(Plain(**as_hyperparameters({"lr": 0.1, "l2": 0.3})), METHODS[method](2), steps=4)
+    assert sum("autograd function" in str(w.message) for w in warned) == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_hook_that_changes_a_gradient_is_warned_of(method):
+    class Hooked(SmallNet):
+        def training_step(self, batch, batch_idx):
+            predicted = self.net(batch[0])
+            predicted.register_hook(lambda grad: 0.5 * grad)
+            return F.mse_loss(predicted, batch[1])
+
+    module = Hooked(**as_hyperparameters({"lr": 0.1}))
+    with pytest.warns(UserWarning, match="hook in `training_step` changes a gradient") as warned:
+        fit(module, METHODS[method](2), steps=4)
+    assert sum("changes a gradient" in str(w.message) for w in warned) == 1
+
+
+def test_a_hook_that_looks_at_a_gradient_is_not_warned_of():
+    seen = []
+
+    class Watched(SmallNet):
+        def training_step(self, batch, batch_idx):
+            predicted = self.net(batch[0])
+            predicted.register_hook(lambda grad: seen.append(grad.norm()))
+            return F.mse_loss(predicted, batch[1])
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*changes a gradient")
+        fit(Watched(lr=0.1), RTHO(["lr"], hyper_batch_size=2), steps=4)
+    assert seen
+
+
+def test_batch_statistics_of_detached_values_are_warned_of():
+    class PseudoLabelled(SmallNet):
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            with torch.no_grad():
+                labels = self.net(x + 0.1) > 0
+            return F.mse_loss(self.net(x), y + 0.1 * labels)
+
+    with pytest.warns(UserWarning, match="were detached"):
+        fit(PseudoLabelled(lr=0.1, body=normed), RTHO(["lr"]), steps=4)
 
 
 def no_grad(x):

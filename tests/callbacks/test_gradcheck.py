@@ -286,6 +286,14 @@ class OwnGenerator(SmallNet):
         return super().training_step([x + noise, y], batch_idx)
 
 
+class Hooked(SmallNet):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        x, _ = batch
+        hidden = self.net[:-1](x)
+        hidden.register_hook(lambda grad: -0.5 * grad)
+        return super().training_step(batch, batch_idx) + F.mse_loss(self.net[-1](hidden), x[:, :1])
+
+
 class Clock(SmallNet):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         x, y = batch
@@ -317,6 +325,7 @@ WRONG: dict[type[SmallNet], str] = {
     NumberTaken: r"`item`.*`training_step`, test_gradcheck.py:\d+: `.*l2.item",
     NoGradInValidation: r"`torch.no_grad`.*`validation_step`, test_gradcheck.py:\d+: `.*scale",
     CustomFunction: "custom autograd function: FrozenSlope",
+    Hooked: "a hook that changes the gradient.*`lightning_rtho.scale_gradient",
     OnceDifferentiable: "refuses the module.*differentiable",
     Clamped: "otherwise than by the optimizer",
     EditedGradient: "refuses the module.*gradient",

@@ -12,7 +12,7 @@ import torchmetrics
 from torch import nn
 
 from lightning_rtho import Hyperparameter, Positive
-from lightning_rtho.callbacks._isolation import _preserved
+from lightning_rtho.callbacks._preservation import preserved
 
 
 def changeable() -> nn.Module:
@@ -33,7 +33,7 @@ def test_every_kind_of_attribute_is_put_back():
     with torch.inference_mode():
         module.metric.reset()  # as Lightning's own validation leaves it
     state, rate = module.state, module.rate
-    with _preserved(module):
+    with preserved(module):
         module[0](torch.randn(4, 2))
         module.metric.update(3.0)
         module.state.add_(1)
@@ -108,7 +108,7 @@ def test_what_lies_deeper_is_put_back():
     module = Collecting()
     module.collect(2.0)
     before = module.collected()
-    with _preserved(module):
+    with preserved(module):
         module.collect(3.0)
         during = module.collected()
     assert all(one != other for one, other in zip(before, during, strict=True))
@@ -151,7 +151,7 @@ def test_what_cannot_be_written_to_does_no_harm(value):
     module = nn.Linear(1, 1)
     module.value = value
     module.itself = [module]
-    with _preserved(module):
+    with preserved(module):
         module.count = 1
     assert module.value is value
     assert not hasattr(module, "count")
@@ -166,7 +166,7 @@ def test_what_is_unchanged_is_not_touched():
 
     module = Collecting()
     module.seen = Watched([1, 2])
-    with _preserved(module):
+    with preserved(module):
         module.meter(1.0)
     assert module.seen == [1, 2]
 
@@ -174,7 +174,7 @@ def test_what_is_unchanged_is_not_touched():
 def test_what_a_data_set_holds_is_not_searched():
     module = nn.Linear(1, 1)
     module.samples = [{"seen": 0} for _ in range(20_000)]
-    with _preserved(module):
+    with preserved(module):
         for sample in module.samples:
             sample["seen"] += 1
         module.samples.append({})
@@ -185,14 +185,14 @@ def test_what_a_data_set_holds_is_not_searched():
 def test_data_held_by_a_module_is_not_copied():
     module = changeable()
     pointer = module.data.data_ptr()
-    with _preserved(module):
+    with preserved(module):
         assert module.data.data_ptr() == pointer
 
 
 def test_module_is_put_back_after_an_error():
     module = changeable()
     try:
-        with _preserved(module):
+        with preserved(module):
             module.count += 1
             raise KeyError
     except KeyError:
@@ -212,7 +212,7 @@ def test_module_is_put_back_after_an_error():
 def test_random_generators_draw_again_what_they_drew(make, draw):
     module = nn.Linear(2, 2)
     module.generator, module.nested = make(), {"a": [make()]}
-    with _preserved(module):
+    with preserved(module):
         inside = [draw(module.generator), draw(module.nested["a"][0])]
     assert [draw(module.generator), draw(module.nested["a"][0])] == inside
 
@@ -220,7 +220,7 @@ def test_random_generators_draw_again_what_they_drew(make, draw):
 def test_buffers_of_scripted_modules_are_put_back():
     module = nn.Sequential(nn.Linear(2, 2), torch.jit.script(nn.BatchNorm1d(2)))
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    with _preserved(module):
+    with preserved(module):
         module(torch.randn(4, 2))
         assert not torch.equal(module[1].running_mean, before["1.running_mean"])
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())

@@ -12,7 +12,15 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, optim
 
-from lightning_rtho import RTHO, TRHO, Hyperparameter, Interval, OuterUpdate, Positive
+from lightning_rtho import (
+    RTHO,
+    TRHO,
+    Hyperparameter,
+    Interval,
+    OuterUpdate,
+    Positive,
+    ReplaySchedule,
+)
 from lightning_rtho.callbacks._diagnostics import cosine
 from tests.callbacks.problems import SmallNet, as_hyperparameters, fit
 
@@ -64,6 +72,21 @@ class Shaped(SmallNet):
         return (self.weights * (self.net(x) - y) ** 2).mean() + penalty
 
 
+class TwiceABatch(SmallNet):
+    """Is stepped by hand, twice a batch, and logs its loss."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        for _ in range(2):
+            loss = super().training_step(batch, batch_idx)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+        self.log("loss", loss)
+
+
 def expected_metrics(update: OuterUpdate) -> dict[str, float]:
     """What every update shall be logged as; a hyperparameter with a shape by its mean."""
     return {
@@ -107,6 +130,20 @@ def test_every_update_is_in_the_csv_file_as_it_is_in_the_schedule(method, tmp_pa
         for name, value in expected_metrics(update).items():
             assert found[name][update.step] == value
     assert found["hypergradient_cosine"] == pytest.approx(cosines(callback.schedule), rel=1e-12)
+
+
+def test_loggers_count_batches_where_steps_are_made_by_hand():
+    logger = Recording()
+    callback = RTHO(hyper_batch_size=4)
+    module = TwiceABatch(lr=Hyperparameter(0.1, Positive()))
+    fit(module, callback, steps=16, logger=logger, log_every_n_steps=1)
+    assert [update.step for update in callback.schedule] == [4, 8, 12, 16]
+    assert [*logger.by_name["outer_objective"]] == [2, 4, 6, 8]
+    assert [*logger.by_name["loss"]] == [*range(8)]
+    replayed = Recording()
+    module = TwiceABatch(lr=Hyperparameter(0.1, Positive()))
+    fit(module, ReplaySchedule(callback.schedule), steps=16, logger=replayed)
+    assert [*replayed.by_name["hyperparameter/settings.lr"]] == [0, 2, 4, 6, 8]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -87,6 +87,50 @@ class Tied(nn.Module):
         return self.second(self.first(x).tanh()).sum(1, keepdim=True)
 
 
+class ActivatedNorm(nn.BatchNorm1d):
+    """Normalization and activation in one `forward`, as in timm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.2,
+            self.eps,
+        )  # fmt: skip
+        return F.softplus(x)
+
+
+class OwnAverage(nn.BatchNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.running_mean.lerp_(x.mean(0), 0.1)
+        return x - self.running_mean
+
+
+class Padded(nn.Module):
+    """Takes features that there are none of, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inward, self.none = nn.Linear(FEATURES, 4), nn.Parameter(torch.zeros(0, 4))
+        self.outward = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outward((self.inward(x) + x.new_zeros(len(x), 0) @ self.none).tanh())
+
+
+class CheckpointedNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inward = nn.Sequential(nn.Linear(FEATURES, 4), nn.BatchNorm1d(4), nn.Tanh())
+        self.outward = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = (
+            checkpoint(self.inward, x, use_reentrant=False) if self.training else self.inward(x)
+        )
+        return self.outward(hidden)
+
+
 def around(layer: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Linear(FEATURES, 4), layer, nn.Tanh(), nn.Linear(4, 1))
 
@@ -103,6 +147,13 @@ FOLLOWED: dict[str, Callable[[], nn.Module]] = {
     "weight norm": lambda: nn.Sequential(
         nn.utils.parametrizations.weight_norm(nn.Linear(FEATURES, 4)), nn.Tanh(), nn.Linear(4, 1)
     ),
+    "old weight norm": lambda: nn.Sequential(
+        nn.utils.weight_norm(nn.Linear(FEATURES, 4)), nn.Tanh(), nn.Linear(4, 1)
+    ),
+    "batch norm with an activation": lambda: nn.Sequential(
+        nn.Linear(FEATURES, 4), ActivatedNorm(4), nn.Linear(4, 1)
+    ),
+    "empty weight": Padded,
     "tied": Tied,
     "checkpointed": lambda: Checkpointed(use_reentrant=False),
     "compiled": lambda: nn.Sequential(
@@ -195,11 +246,22 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: around(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))),
         "is normalized by its spectral norm",
     ),
+    "batch norm that averages by itself": (
+        lambda: around(OwnAverage(4)),
+        "`net.1` averages its running statistics by itself",
+    ),
     "running instance norm": (
         lambda: around(nn.InstanceNorm1d(4, track_running_stats=True)),
         "`net.1` keeps running statistics",
     ),
 }
+
+
+@pytest.mark.parametrize("method", ["forward", "recompute"])
+def test_batch_norm_in_a_checkpoint_is_refused_by_name(method):
+    module = SmallNet(optim.SGD, body=CheckpointedNorm, lr=0.1)
+    with pytest.raises(MisconfigurationException, match="leave it out of what is checkpointed"):
+        fit(module, METHODS[method](), steps=4)
 
 
 class Words(SmallNet):

@@ -212,3 +212,55 @@ def test_rate_moves_on_after_a_group_was_added_that_the_scheduler_reads_by_itsel
     optimizer.write_hyperparameters()
     assert [group["lr"] for group in inner.param_groups] == pytest.approx([0.2, 0.01], rel=1e-7)
     assert scheduler.base_lrs == pytest.approx([0.2], rel=1e-7)  # 0.2 in float32
+
+
+class Grouped(Scheduled):
+    """The layers have one rate, shaped by a function for each."""
+
+    def configure_optimizers(self):
+        lr = self.settings["lr"]
+        groups = [{"params": layer.parameters(), "lr": lr} for layer in (self.net[0], self.net[2])]
+        optimizer = optim.SGD(groups)
+        factors = [lambda t: 0.1 * 0.9**t, lambda t: 1.0]
+        scheduler = optim.lr_scheduler.LambdaLR(optimizer, factors)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+
+def test_one_rate_under_a_function_for_each_group_trains_as_the_number_does():
+    plain = Grouped(SCHEDULERS["lambda"], lr=0.1)
+    fit(plain, steps=4)
+    module = Grouped(SCHEDULERS["lambda"], lr=Hyperparameter(0.1, Positive()))
+    callback = RTHO(hyper_batch_size=4, outer_optimizer=None)
+    fit(module, callback, steps=4)
+    assert all(map(torch.equal, module.parameters(), plain.parameters()))
+
+    def loss_at(lr: float) -> float:
+        module = Grouped(SCHEDULERS["lambda"], lr=lr)
+        fit(module, steps=4)
+        return validation_loss(module)
+
+    (found,) = callback.hypergradients.values()
+    # The differences err by 1e-10 of the loss; see `finite_difference`.
+    assert found.item() == pytest.approx(finite_difference(0.1, loss_at), rel=1e-6)
+
+
+class WarmedUpByHand(SmallNet):
+    def on_train_batch_start(self, batch, batch_idx):
+        (group,) = self.trainer.optimizers[0].param_groups
+        group["lr"] = 0.1 * min(1.0, (self.global_step + 1) / 4)
+
+
+@pytest.mark.parametrize("method", [RTHO, TRHO])
+def test_a_rate_that_is_declared_but_not_tuned_is_the_users(method):
+    plain = WarmedUpByHand(lr=0.1, l2=0.02)
+    fit(plain, steps=8)
+    lr, l2 = Hyperparameter(0.1, Positive()), Hyperparameter(0.02, Positive())
+    module = WarmedUpByHand(lr=lr, l2=l2)
+    module.rate = lr
+    outer = lambda raw: torch.optim.SGD(raw, lr=0.0)  # updates that move nothing
+    fit(module, method(["l2"], hyper_batch_size=2, outer_optimizer=outer), steps=8)
+    for one, other in zip(plain.parameters(), module.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)  # l2 by way of its logarithm

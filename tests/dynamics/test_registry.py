@@ -108,6 +108,48 @@ def test_registered_rule_serves_an_optimizer_of_ones_own(registry: dict) -> None
     assert weight.tolist() == [0.9, 1.1]
 
 
+class CountingDescent(torch.optim.Optimizer):
+    """w' = w - eta g / (t + 1), with a count t that is a number, as in many an own optimizer."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure=None):
+        with torch.no_grad():
+            for group in self.param_groups:
+                for param in group["params"]:
+                    state = self.state[param]
+                    state["step"] = state.get("step", 0) + 1
+                    param -= group["lr"] / state["step"] * param.grad
+
+
+@dataclass(frozen=True)
+class CountingDescentRule(UpdateRule):
+    domains = {"lr": Positive()}
+    buffers = ("step",)
+
+    def init(self, param, hyper):
+        return {"step": torch.zeros(())}
+
+    def update(self, state, grad, hyper):
+        step = state["step"] + 1
+        return {"param": state["param"] - hyper["lr"] / step * grad, "step": step}
+
+
+def test_count_of_an_own_optimizer_may_be_a_number(registry: dict) -> None:
+    register_rule(CountingDescent, CountingDescentRule)
+    lr, weights = Hyperparameter(0.1, Positive()), [_weight(), _weight()]
+    optimizer = DifferentiableOptimizer(CountingDescent(weights, lr=lr))
+    for _ in range(3):
+        for weight in weights:
+            weight.grad = torch.tensor([3.0, -2.0])
+        transitions = optimizer.transitions({id(lr): 0})
+        assert len({transition.cohort for transition in transitions}) == 1
+        new = [t.rule(t.state, t.grad, t.hyper)["param"] for t in transitions]
+        optimizer.step()
+        torch.testing.assert_close(new, [weight.detach() for weight in weights])
+
+
 def test_registered_subclass_is_known_and_its_own_subclass_is_not(registry: dict) -> None:
     class LoggedSGD(torch.optim.SGD):
         """Updates as SGD does."""

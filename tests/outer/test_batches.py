@@ -119,6 +119,22 @@ def test_what_has_no_indices_is_cycled_in_its_own_order(source):
     assert first != second
 
 
+@pytest.mark.parametrize("kind", ["iterable", "sampler"])
+def test_a_generator_that_training_draws_from_too_is_left_as_it_was(kind):
+    generator = torch.Generator().manual_seed(3)
+    if kind == "iterable":
+        loader = DataLoader(Stream(), batch_size=5, generator=generator)
+    else:
+        sampler = SubsetRandomSampler(DATA, generator=generator)
+        loader = Untouchable(DATA, batch_size=5, sampler=sampler)
+    before = generator.get_state()
+    stream = CyclingBatches(loader, seed=0)
+    cycles = [_take(stream, 2) for _ in range(3)]
+    assert torch.equal(generator.get_state(), before)
+    if kind == "sampler":  # in a new order each time
+        assert cycles[0] != cycles[1] != cycles[2]
+
+
 LOADERS = {
     "sequential": lambda: DataLoader(DATA, batch_size=4),
     "shuffled": lambda: DataLoader(DATA, batch_size=4, shuffle=True),

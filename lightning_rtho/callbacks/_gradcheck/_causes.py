@@ -36,7 +36,7 @@ def likely_causes(
             f"side{kinks}. Check with smooth operations, such as tanh for ReLU, or elsewhere."
         )
     return causes or [
-        "not known: neither a `detach`, a custom autograd function, a change behind the "
+        "not known: neither a `detach`, a custom autograd function, a hook, a change behind the "
         "optimizer's back, randomness nor a kink was seen."
     ]
 
@@ -60,8 +60,15 @@ def _seen(trace: StepTrace, replayed: bool) -> Iterator[str]:
             f"hyperparameters unseen: {'; '.join(trace.detached)}. Use "
             "`lightning_rtho.stop_gradient(x)` for `x.detach()`."
         )
+    if trace.hooked:
+        yield (
+            "a hook that changes the gradient of a tensor, which is taken for the derivative of "
+            "what runs forward. `lightning_rtho.scale_gradient(x, factor)` scales or reverses "
+            "gradients."
+        )
     if trace.functions:
         yield (
             f"a custom autograd function: {', '.join(trace.functions)}. Its backward pass must be "
-            "the derivative of its forward pass, and differentiable itself."
+            "the derivative of its forward pass, and differentiable itself. "
+            "`lightning_rtho.scale_gradient(x, factor)` scales or reverses gradients."
         )

@@ -13,11 +13,11 @@ import lightning
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 from lightning_rtho.callbacks._detached import DetachedWeights
+from lightning_rtho.callbacks._own_backward import WatchedHooks, own_functions
 from lightning_rtho.hyperparameters import Hyperparameter, declared_hyperparameters
 from lightning_rtho.linearization import graph_nodes
 from lightning_rtho.optim import DifferentiableOptimizer
@@ -54,13 +54,14 @@ class StepTrace(Callback):
         functions: Custom autograd functions in the graph of a loss.
         kinks: Operations there that are not smooth everywhere.
         moved: Whether weights changed otherwise than by the optimizer.
+        hooked: Whether a hook has changed the gradient of a tensor.
     """
 
     def __init__(self) -> None:
         self.detached: dict[str, None] = {}
         self.functions: dict[str, None] = {}
         self.kinks: dict[str, None] = {}
-        self.moved = False
+        self.moved = self.hooked = False
         self._after: list[Tensor] = []
 
     @override
@@ -102,6 +103,7 @@ class StepTrace(Callback):
             with ExitStack() as stack:
                 stack.enter_context(DetachedWeights(sources, report))
                 stack.enter_context(_TakenOut(report))
+                stack.enter_context(WatchedHooks(self._note_hook))
                 output = step(*args, **kwargs)
             loss = output.get("loss") if isinstance(output, dict) else output
             if isinstance(loss, Tensor):
@@ -110,16 +112,16 @@ class StepTrace(Callback):
 
         return watched
 
+    def _note_hook(self) -> None:
+        self.hooked = True
+
     def _read_graph(self, loss: Tensor) -> None:
         """Name the operations in the graph of a loss that matter here."""
+        self.functions |= dict.fromkeys(own_functions(loss))
         for node in graph_nodes([loss]):
-            kind = type(node)
-            if isinstance(node, BackwardCFunction):
-                function = getattr(kind, "_forward_cls", kind)
-                if not function.__module__.startswith("lightning_rtho"):
-                    self.functions[function.__name__] = None
-            elif _KINKED.fullmatch(kind.__name__):
-                self.kinks[kind.__name__.split("Backward")[0]] = None
+            kind = type(node).__name__
+            if _KINKED.fullmatch(kind):
+                self.kinks[kind.split("Backward")[0]] = None
 
 
 class _TakenOut(TorchFunctionMode):
