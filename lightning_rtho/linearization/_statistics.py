@@ -7,7 +7,7 @@ carry a part of the outer objective's dependence on the hyperparameters.
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import final
+from typing import Any, NamedTuple, final
 from unittest import mock
 
 import torch
@@ -133,31 +133,22 @@ class RunningStatistics:
         means = (norm._buffers["running_mean"] for norm in self._norms)
         return next((2 * i for i, known in enumerate(means) if known is mean), None)
 
-    def _watched(
-        self,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor | None,
-        var: Tensor | None,
-        training: bool,
-        momentum: float,
-        eps: float,
-        cudnn: bool,
-    ) -> Tensor:
+    def _watched(self, *args: Any, **kwargs: Any) -> Tensor:
         """Normalize a batch; compute what is averaged into the buffers, differentiably."""
-        first = self._first_buffer(mean)
-        if first is not None and training:
-            assert mean is not None
+        call = _Call(*args, **kwargs)
+        first = self._first_buffer(call.running_mean)
+        if first is not None and call.training:
+            assert call.running_mean is not None
             with torch.set_grad_enabled(self._traced and torch.is_grad_enabled()):
-                exact, axes = x.to(mean.dtype), _axes(x)
+                exact = call.input.to(call.running_mean.dtype)
+                axes = [axis for axis in range(exact.dim()) if axis != 1]
                 self._updates += [
-                    StatisticUpdate(first, momentum, exact.mean(axes)),
-                    StatisticUpdate(first + 1, momentum, exact.var(axes)),
+                    StatisticUpdate(first, call.momentum, exact.mean(axes)),
+                    StatisticUpdate(first + 1, call.momentum, exact.var(axes)),
                 ]
         elif first in self._moved and torch.is_grad_enabled():
             self.reads_past = True
-        return _batch_norm(x, weight, bias, mean, var, training, momentum, eps, cudnn)
+        return _batch_norm(*call)
 
     @contextmanager
     def differentiable(self) -> Iterator[list[Tensor]]:
@@ -169,28 +160,19 @@ class RunningStatistics:
         """
         leaves = [buffer.detach().clone().requires_grad_() for buffer in self.buffers]
 
-        def normalize(
-            x: Tensor,
-            weight: Tensor | None,
-            bias: Tensor | None,
-            mean: Tensor | None,
-            var: Tensor | None,
-            training: bool,
-            momentum: float,
-            eps: float,
-            cudnn: bool,
-        ) -> Tensor:
-            first = self._first_buffer(mean)
-            if first is None or training:
-                return _batch_norm(x, weight, bias, mean, var, training, momentum, eps, cudnn)
-            shape = [1, -1, *[1] * (x.dim() - 2)]
-            live_mean, live_var = (leaf.reshape(shape) for leaf in leaves[first : first + 2])
-            normal = (x - live_mean) * torch.rsqrt(live_var + eps)
-            if weight is not None:
-                normal = normal * weight.reshape(shape)
-            if bias is not None:
-                normal = normal + bias.reshape(shape)
-            return normal.to(x.dtype)
+        def normalize(*args: Any, **kwargs: Any) -> Tensor:
+            call = _Call(*args, **kwargs)
+            first = self._first_buffer(call.running_mean)
+            if first is None or call.training:
+                return _batch_norm(*call)
+            shape = [1, -1, *[1] * (call.input.dim() - 2)]
+            mean, var = (leaf.reshape(shape) for leaf in leaves[first : first + 2])
+            normal = (call.input - mean) * torch.rsqrt(var + call.eps)
+            if call.weight is not None:
+                normal = normal * call.weight.reshape(shape)
+            if call.bias is not None:
+                normal = normal + call.bias.reshape(shape)
+            return normal.to(call.input.dtype)
 
         with mock.patch.object(torch, "batch_norm", normalize) if leaves else nullcontext():
             yield leaves
@@ -199,9 +181,18 @@ class RunningStatistics:
 _batch_norm = torch.batch_norm
 
 
-def _axes(x: Tensor) -> list[int]:
-    """Return the axes of a batch that are averaged over: all but the channels'."""
-    return [axis for axis in range(x.dim()) if axis != 1]
+class _Call(NamedTuple):
+    """Arguments of ``torch.batch_norm``, under their names there."""
+
+    input: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    training: bool
+    momentum: float
+    eps: float
+    cudnn_enabled: bool
 
 
 def _version(buffer: Tensor) -> int | None:
