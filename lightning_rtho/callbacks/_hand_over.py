@@ -80,7 +80,7 @@ class GradientHandOver:
             param.grad is None or param.grad._version != version
             for param, version in versions.items()
         )
-        if self._is_written_to is None:
+        if self._is_written_to is None and versions:  # the first step may have had no loss
             self._is_written_to = is_written_to
             self._first_step = [(p.grad, p.grad._version) for p in params if p.grad is not None]
         if not self._is_shared:

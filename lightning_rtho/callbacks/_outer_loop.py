@@ -81,7 +81,17 @@ class OuterLoop:
         Raises:
             MisconfigurationException: If nothing that the run moves has a part in it.
         """
-        outer, trained = self._evaluate(peek=True), set(self.run.trained)
+        try:
+            outer, trained = self._evaluate(peek=True), set(self.run.trained)
+        except MisconfigurationException:
+            raise
+        except Exception as error:
+            error.add_note(
+                "This was raised where the outer objective was tried before training. Steps for it "
+                "run without the hooks of Lightning's validation: make in `__init__` what they "
+                "need, or define `outer_step(batch, batch_idx)`."
+            )
+            raise
         weights = zip(self.run.method.params, outer.params, strict=True)
         parts = [gradient for weight, gradient in weights if weight in trained]
         if all(part is None for part in (*parts, *outer.hypers, *outer.statistics)):

@@ -1,9 +1,10 @@
 """Computing the loss of a past micro-batch again."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -11,15 +12,17 @@ from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import move_data_to_device
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor, nn
+from torch import Tensor
 
+from lightning_rtho.callbacks._attributes import PlainAttributes
+from lightning_rtho.callbacks._buffers import BufferCopies, BufferCopy, changed_since
 from lightning_rtho.callbacks._bystanders import Bystander, standing_at
 from lightning_rtho.callbacks._isolation import isolated
 from lightning_rtho.callbacks._kernels import twice_differentiable_kernels
 from lightning_rtho.callbacks._random import read_random_state, write_random_state
 from lightning_rtho.linearization import RunningStatistics, TracedLoss
 
-__all__ = ["TrainingStepReplay", "loss_scale"]
+__all__ = ["TrainingStepReplay", "loss_scale", "noted_beginning"]
 
 
 def loss_scale(trainer: Trainer) -> float:
@@ -35,16 +38,33 @@ def loss_scale(trainer: Trainer) -> float:
     return 1.0 if scaler is None else float(scaler.get_scale())
 
 
-def _buffers(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
-    """Yield submodule name, buffer name and buffer."""
-    for namespace, submodule in module.named_modules():
-        for name, buffer in submodule.named_buffers(recurse=False):
-            yield namespace, name, buffer
+@contextmanager
+def noted_beginning(module: LightningModule, note: Callable[[Any], None]) -> Iterator[None]:
+    """Tell when a training step begins, after all hooks that run before it.
 
+    Args:
+        module: The module.
+        note: Called then, once, with the batch.
+    """
+    own, step = vars(module).get("training_step"), module.training_step
 
-def _version(buffer: Tensor) -> int | None:
-    """Count of the writes to a buffer; None where torch does not count them."""
-    return None if buffer.is_inference() else buffer._version
+    def put_back() -> None:
+        if vars(module).get("training_step") is noted:
+            del module.training_step
+            if own is not None:
+                module.training_step = own  # type: ignore[method-assign]
+
+    @wraps(step)
+    def noted(batch: Any, *args: Any, **kwargs: Any) -> Any:
+        put_back()
+        note(batch)
+        return step(batch, *args, **kwargs)
+
+    module.training_step = noted  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        put_back()
 
 
 @dataclass(frozen=True)
@@ -96,6 +116,8 @@ class TrainingStepReplay:
         batch: The batch on its device.
         batch_idx: Its index in the epoch.
         statistics: The running statistics of the module.
+        buffers: Its buffers.
+        attributes: Its plain attributes.
         bystanders: Weights that no optimizer trains but that something moves.
         is_sample: Whether the batch holds a part of the examples alone.
     """
@@ -107,6 +129,8 @@ class TrainingStepReplay:
         batch: Any,
         batch_idx: int,
         statistics: RunningStatistics,
+        buffers: BufferCopies,
+        attributes: PlainAttributes,
         bystanders: list[Bystander],
         *,
         is_sample: bool = False,
@@ -122,15 +146,14 @@ class TrainingStepReplay:
         self._accumulated = trainer.accumulate_grad_batches
         self._random_state = read_random_state()
         self._progress = _Progress(trainer, trainer.global_step, trainer.current_epoch)
-        self._buffers = {
-            (namespace, name): (_version(buffer), buffer.clone())
-            for namespace, name, buffer in _buffers(module)
-        }
+        self._buffers = buffers.take()
+        self._attributes, self._changes = attributes, attributes.changes()
 
     def state_dict(self) -> dict[str, Any] | None:
         """Return what the step depended on; None if its batch is of no plain kind."""
         if not _is_plain(self._args):
             return None
+        buffers = changed_since(self._buffers, self._module)
         return {
             "is_sample": self.is_sample,
             "args": self._args,
@@ -138,7 +161,8 @@ class TrainingStepReplay:
             "accumulated": self._accumulated,
             "random_state": self._random_state,
             "progress": [self._progress.global_step, self._progress.epoch],
-            "buffers": [[*name, buffer] for name, (_, buffer) in self._buffers.items()],
+            "attributes": [[*name, value] for name, value in self._changes.items()],
+            "buffers": [[*name, value] for name, value in buffers.items()],
             "bystanders": [[*bystander] for bystander in self._bystanders],
         }
 
@@ -148,6 +172,7 @@ class TrainingStepReplay:
         trainer: Trainer,
         module: LightningModule,
         statistics: RunningStatistics,
+        attributes: PlainAttributes,
         state: dict[str, Any],
     ) -> "TrainingStepReplay":
         """Make the replay of a step of another run.
@@ -156,6 +181,7 @@ class TrainingStepReplay:
             trainer: The trainer.
             module: The module.
             statistics: The running statistics of the module.
+            attributes: Its plain attributes.
             state: What :meth:`state_dict` returned.
 
         Returns:
@@ -169,22 +195,19 @@ class TrainingStepReplay:
         replay._random_state = state["random_state"]
         replay._bystanders = [Bystander(*bystander) for bystander in state["bystanders"]]
         replay._progress = _Progress(trainer, *state["progress"])
+        replay._attributes = attributes
+        replay._changes = {(place, name): value for place, name, value in state["attributes"]}
+        device = trainer.strategy.root_device
         replay._buffers = {
-            (namespace, name): (-1, buffer.to(trainer.strategy.root_device))
+            (namespace, name): BufferCopy(None, None, buffer.to(device))
             for namespace, name, buffer in state["buffers"]
         }
         return replay
 
-    def keep_changed_buffers(self) -> None:
-        """Let go of the buffers that the step, which has now run, did not write to."""
-        for namespace, name, buffer in _buffers(self._module):
-            version, _ = self._buffers.get((namespace, name), (None, None))
-            if version is not None and version == _version(buffer):
-                del self._buffers[namespace, name]
-
     def __call__(self) -> TracedLoss:
         """Return the loss at the weights that the module has now."""
         trainer, module = self._trainer, self._module
+        buffers = changed_since(self._buffers, module)
         with (
             isolated(trainer, module, RunningStage.TRAINING),
             self._progress.restored(),
@@ -193,8 +216,9 @@ class TrainingStepReplay:
         ):
             write_random_state(self._random_state)
             submodules = dict(module.named_modules())
-            for (namespace, name), (_, buffer) in self._buffers.items():
+            for (namespace, name), buffer in buffers.items():
                 submodules[namespace]._buffers[name] = buffer.clone()
+            self._attributes.put(self._changes)
             self._statistics.start()
             output: Any = trainer.strategy.training_step(*self._args)
             loss = output["loss"] if isinstance(output, dict) else output

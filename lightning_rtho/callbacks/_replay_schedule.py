@@ -102,7 +102,9 @@ class ReplaySchedule(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse company that moves the same hyperparameters."""
+        """Refuse company that moves the same hyperparameters; forget what was read before."""
+        if stage == "fit":  # Lightning then loads what it resumes from
+            self._resumed_step, self._snapshot, self._buffers = None, {}, []
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         others = [
             type(other).__name__

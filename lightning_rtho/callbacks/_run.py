@@ -11,9 +11,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_rtho.callbacks._attributes import PlainAttributes
+from lightning_rtho.callbacks._buffers import BufferCopies
 from lightning_rtho.callbacks._bystanders import MovingBystanders
 from lightning_rtho.callbacks._checks import refusals_explained
 from lightning_rtho.callbacks._curvature import CurvatureSample
@@ -25,7 +28,7 @@ from lightning_rtho.callbacks._kernels import (
 )
 from lightning_rtho.callbacks._manual import ManualStep
 from lightning_rtho.callbacks._own_backward import WatchedHooks, warn_of_own_functions
-from lightning_rtho.callbacks._replay import TrainingStepReplay, loss_scale
+from lightning_rtho.callbacks._replay import TrainingStepReplay, loss_scale, noted_beginning
 from lightning_rtho.callbacks._snapshot import read_derivative_buffers, write_derivative_buffers
 from lightning_rtho.hypergradient import AbstractHypergradient, OptimizerStep, Recollection
 from lightning_rtho.hyperparameters import Hyperparameter
@@ -75,6 +78,7 @@ class FollowedRun:
         self.steps = self._skipped_steps = 0
         self._recorded = self._is_advancing = False
         self._statistics = RunningStatistics(module)
+        self._buffers, self._attributes = BufferCopies(module), PlainAttributes(module)
         self._bystanders = MovingBystanders(module, self.method.params)
         self._clip = _clip(trainer)
         self._raw_grads: dict[Tensor, Tensor] = {}
@@ -88,6 +92,7 @@ class FollowedRun:
         self._replay: TrainingStepReplay | None = None
         acting = {id(hyper) for optimizer in optimizers for hyper in optimizer.hyperparameters}
         self._unseen = {name: hyper for name, hyper in tuned.items() if id(hyper) not in acting}
+        self._has_looked = False
         for optimizer in optimizers:
             optimizer.before_update = partial(self._before_update, optimizer)
             optimizer.after_update = self._after_update
@@ -116,7 +121,7 @@ class FollowedRun:
             if self.method.needs_replay:
                 if self._bystanders.have_set_out():  # steps so far stand for other weights
                     self.method.reset()
-                self._replay = self._prepare_replay(batch, batch_idx)
+                self._await_step(batch_idx)  # other hooks may run before
             else:
                 self._forward_context.enter_context(twice_differentiable_kernels(self._module))
             # Where losses are computed again, their statistics are, too.
@@ -130,6 +135,19 @@ class FollowedRun:
                 self._watch.enter_context(DetachedWeights(moving))
                 self._watch.enter_context(WatchedHooks())
 
+    def _await_step(self, batch_idx: int) -> None:
+        """Make ready to take down what the training step depends on when it begins."""
+        if is_param_in_hook_signature(self._module.training_step, "dataloader_iter", explicit=True):
+            raise MisconfigurationException(
+                "`training_step` takes its batches from `dataloader_iter`, so that it cannot be "
+                "made again. Let it take a batch, or use `RTHO` or `TRHO(tape=KeepGraph())`."
+            )
+
+        def note(batch: Any) -> None:
+            self._replay = self._prepare_replay(batch, batch_idx)
+
+        self._forward_context.enter_context(noted_beginning(self._module, note))
+
     def _prepare_replay(self, batch: Any, batch_idx: int) -> TrainingStepReplay:
         """Make ready to compute the loss again: the whole in the first step, then of a sample."""
         replay = partial(
@@ -138,6 +156,8 @@ class FollowedRun:
             self._module,
             batch_idx=batch_idx,
             statistics=self._statistics,
+            buffers=self._buffers,
+            attributes=self._attributes,
             bystanders=self._bystanders.copy(self._trainer.global_step),
         )
         if self._sample is None:
@@ -216,8 +236,6 @@ class FollowedRun:
             updates = self._take_statistics()
         if not self._following:
             return
-        if self._replay is not None:
-            self._replay.keep_changed_buffers()
         self._look_for_unseen(loss)
         if self._is_first_batch:
             warn_of_own_functions(loss)
@@ -255,6 +273,7 @@ class FollowedRun:
 
     def _look_for_unseen(self, loss: Tensor) -> None:
         """Strike off the hyperparameters on which the loss depends."""
+        self._has_looked = True
         if self._unseen and loss.requires_grad:
             found = torch.autograd.grad(
                 loss, list(self._unseen.values()), retain_graph=True, allow_unused=True
@@ -306,8 +325,8 @@ class FollowedRun:
             self._refuse_unseen()
 
     def _refuse_unseen(self) -> None:
-        """Refuse a hyperparameter that acts nowhere."""
-        if self._unseen:
+        """Refuse a hyperparameter that acts nowhere, once there was a loss."""
+        if self._unseen and self._has_looked:
             name = next(iter(self._unseen))
             raise MisconfigurationException(
                 f"`{name}` is declared as a hyperparameter but used nowhere: neither the optimizer "
@@ -416,7 +435,11 @@ class FollowedRun:
             self._optimizers[0].rule_class,
             self._clip,
             partial(
-                TrainingStepReplay.from_state_dict, self._trainer, self._module, self._statistics
+                TrainingStepReplay.from_state_dict,
+                self._trainer,
+                self._module,
+                self._statistics,
+                self._attributes,
             ),
         )
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
@@ -31,11 +32,12 @@ def select_hyperparameters(
         Hyperparameters by name; ``lr/pg1``, ``lr/pg2``, ... where there are several groups.
 
     Raises:
-        MisconfigurationException: If there is nothing to tune.
+        MisconfigurationException: If there is nothing to tune, or nobody knows what a copy is of.
         ValueError: If a name is neither, if it could be a setting of several optimizers, or if
             its start value is outside its domain.
     """
     declared = declared_hyperparameters(module)
+    _reunite(declared, optimizers)
     if selection is not None and not selection:
         raise MisconfigurationException(
             f"`hyperparameters` must name at least one, got {selection!r}. Leave it out to tune "
@@ -68,6 +70,36 @@ def select_hyperparameters(
                 f"with {declared[name].domain}. Give its name alone."
             )
     return found
+
+
+def _reunite(declared: Mapping[str, Hyperparameter], optimizers: Sequence[Optimizer]) -> None:
+    """Put declared hyperparameters in the place of copies that a loaded state has put there.
+
+    So `BatchSizeFinder` leaves optimizers, which loads their state before the fit begins.
+
+    Raises:
+        MisconfigurationException: If nobody knows what a copy is of.
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for name in rule_class_for(optimizer).domains:
+                present = get_setting(group, name)
+                is_copy = isinstance(present, Hyperparameter) and present.is_copy
+                if not is_copy or any(present is hyper for hyper in declared.values()):
+                    continue
+                originals = [
+                    hyper
+                    for hyper in declared.values()
+                    if hyper.domain == present.domain and torch.equal(hyper.plain, present.plain)
+                ]
+                if len(originals) != 1:
+                    raise MisconfigurationException(
+                        f"The optimizer has loaded a state, in which `{name}` is a copy of a "
+                        f"hyperparameter, and it cannot be told of which. Give {present!r} and "
+                        "others like it start values of their own, or run what loads the state, "
+                        "as `BatchSizeFinder`, in a fit of its own."
+                    )
+                set_setting(group, name, originals[0])
 
 
 def _place(

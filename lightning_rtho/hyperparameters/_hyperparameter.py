@@ -204,6 +204,8 @@ class Hyperparameter(Number):
     """
 
     domain: Domain
+    is_copy: bool = False
+    """Whether it was copied from another, as it is where an optimizer loads a state."""
     _assigned: Tensor
 
     def __new__(cls, value: Any, domain: Domain) -> "Hyperparameter":
@@ -241,6 +243,7 @@ class Hyperparameter(Number):
         """Copy value and domain; the copy is not live."""
         if id(self) not in memo:
             memo[id(self)] = Hyperparameter(self.plain.clone(), self.domain)
+            memo[id(self)].is_copy = True
         copied: Hyperparameter = memo[id(self)]
         return copied
 

@@ -1,0 +1,207 @@
+"""What a training step depends on, beside its batch, when `TRHO` makes it again."""
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import BatchSizeFinder
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.nn import functional as F
+
+from lightning_rtho import (
+    RTHO,
+    TRHO,
+    Hyperparameter,
+    KeepGraph,
+    OuterUpdate,
+    Positive,
+    ReplaySchedule,
+    Schedule,
+)
+from tests.callbacks.problems import SmallNet, finite_difference, fit, loader, validation_loss
+
+STEPS = 8  # of which an epoch has 5
+
+
+class Annealed(SmallNet):
+    """A coefficient that grows from epoch to epoch, of the module and of a layer's own."""
+
+    def on_train_epoch_start(self):
+        self.weight = 0.1 * (1 + self.current_epoch)
+        self.net[1].slope = 1.0 + self.current_epoch
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        loss = F.mse_loss(self.net(x), y) * self.net[1].slope
+        return loss + self.weight * self.net[0].weight.square().sum()
+
+
+class Drawing(SmallNet):
+    """Its hook draws random numbers, as its training step does."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.drawn = torch.rand(())
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.mse_loss(self.net(x + 0.1 * torch.randn_like(x)), y)
+
+
+class Counting(SmallNet):
+    """Its hook writes to a buffer, which its training step only reads."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.register_buffer("beta", torch.zeros(()))
+        self.register_buffer("constant", torch.ones(()))
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.beta += 0.1
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.mse_loss(self.net(x), y) * (self.constant + self.beta)
+
+
+class Mixing(L.Callback):
+    """Writes another input into the batch, as mixup does."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        batch["x"] = 0.7 * batch["x"] + 0.3 * batch["x"].flip(0)
+
+
+class Named(SmallNet):
+    """Its batches are dicts."""
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return dict(zip("xy", batch, strict=True)) if self.trainer.training else batch
+
+    def training_step(self, batch, batch_idx):
+        return F.mse_loss(self.net(batch["x"]), batch["y"])
+
+
+CASES = {
+    "attributes": (Annealed, ()),
+    "random numbers": (Drawing, ()),
+    "buffers": (Counting, ()),
+    "batch": (Named, (Mixing,)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_hooks_change_is_what_it_was(case):
+    make, others = CASES[case]
+    callback = TRHO(["lr"], hyper_batch_size=STEPS, outer_optimizer=None)
+    fit(make(lr=0.1, momentum=0.5), callback, *[other() for other in others], steps=STEPS)
+
+    def loss_at(lr: float) -> float:
+        module = make(lr=lr, momentum=0.5)
+        fit(module, *[other() for other in others], steps=STEPS)
+        return validation_loss(module)
+
+    # Differences err by 1e-10 of the loss; see `finite_difference`.
+    expected = finite_difference(0.1, loss_at)
+    assert callback.hypergradients["lr"].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_step_that_a_hook_skips_is_none():
+    class SkippingOne(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            return -1 if trainer.global_step == 3 else None
+
+    module = SmallNet(lr=0.1)
+    own = module.training_step
+    callback = TRHO(["lr"], hyper_batch_size=2)
+    fit(module, callback, SkippingOne(), steps=6, max_epochs=3)
+    assert module.training_step == own
+    assert "training_step" not in vars(module)
+
+
+def test_batches_that_a_step_takes_itself_are_refused_by_name():
+    class Taking(SmallNet):
+        def training_step(self, dataloader_iter):
+            batch, batch_idx, _ = next(dataloader_iter)
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(MisconfigurationException, match="takes its batches from `dataloader_iter`"):
+        fit(Taking(lr=0.1), TRHO(["lr"], hyper_batch_size=2), steps=4)
+
+
+@pytest.mark.parametrize("make", [RTHO, TRHO, lambda **kw: TRHO(tape=KeepGraph(), **kw)])
+def test_a_first_step_without_a_loss_is_stepped_over(make):
+    class First(SmallNet):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return None if self.trainer.fit_loop.total_batch_idx == 0 else loss
+
+    module = First(lr=0.1, l2=Hyperparameter(0.02, Positive()))
+    callback = make(hyper_batch_size=2)
+    fit(module, callback, steps=7)
+    assert len(callback.schedule) == 3
+
+
+class Sized(SmallNet):
+    """Has a batch size that Lightning may look for."""
+
+    def __init__(self) -> None:
+        super().__init__(lr=Hyperparameter(0.1, Positive()))
+        self.batch_size = 4
+
+    def train_dataloader(self):
+        return loader(20, seed=0, batch_size=self.batch_size)
+
+    def val_dataloader(self):
+        return loader(20, seed=1, batch_size=20)
+
+
+def fit_with_finder(module, callback, tmp_path):
+    finder = BatchSizeFinder(max_trials=1, steps_per_trial=1)
+    trainer = L.Trainer(
+        accelerator="cpu", devices=1, max_steps=STEPS, callbacks=[finder, callback], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        num_sanity_val_steps=0, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(module)
+    return trainer.optimizers[0].param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize("method", [RTHO, TRHO])
+def test_batch_size_finder_leaves_hyperparameters_where_they_act(method, tmp_path):
+    module, callback = Sized(), method(hyper_batch_size=2)
+    rate = fit_with_finder(module, callback, tmp_path)
+    (value,) = callback.hyperparameters.values()
+    assert value.item() != 0.1
+    assert rate == value.item()
+
+
+def test_batch_size_finder_leaves_a_schedule_where_it_acts(tmp_path):
+    learned = Schedule(start={"settings.lr": torch.tensor(0.5, dtype=torch.float64)})
+    assert fit_with_finder(Sized(), ReplaySchedule(learned), tmp_path) == 0.5
+
+
+def test_a_checkpoint_that_was_read_outside_of_a_fit_is_none_of_the_next():
+    late = {"settings.lr": torch.tensor(0.05, dtype=torch.float64)}
+    start = {"settings.lr": torch.tensor(0.5, dtype=torch.float64)}
+    learned = Schedule([OuterUpdate(4, late, late, 1.0)], start=start)
+
+    def rate_after_3(callback: ReplaySchedule) -> float:
+        module = SmallNet(lr=Hyperparameter(0.1, Positive()))
+        return fit(module, callback, steps=3).optimizers[0].param_groups[0]["lr"]
+
+    used = ReplaySchedule(learned)
+    fit(SmallNet(lr=Hyperparameter(0.1, Positive())), used, steps=6)
+    used.on_load_checkpoint(None, None, {"global_step": 6})  # as by `validate(ckpt_path=...)`
+    assert rate_after_3(used) == rate_after_3(ReplaySchedule(learned)) == 0.5
+
+
+def test_a_validation_step_that_misses_its_hooks_is_told_of_them():
+    class Listing(SmallNet):
+        def on_validation_epoch_start(self):
+            self.losses = []
+
+        def validation_step(self, batch, batch_idx):
+            self.losses.append(super().validation_step(batch, batch_idx))
+            return self.losses[-1]
+
+    with pytest.raises(AttributeError, match="losses") as caught:
+        fit(Listing(lr=0.1), RTHO(["lr"]), steps=4)
+    assert "without the hooks of Lightning's validation" in caught.value.__notes__[0]
