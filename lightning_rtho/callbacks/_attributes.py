@@ -5,7 +5,10 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torchmetrics import Metric
 
-__all__ = ["PlainAttributes"]
+__all__ = ["Attributes", "PlainAttributes"]
+
+Attributes = dict[tuple[str, str], Any]
+"""Values by the names of a submodule and of an attribute."""
 
 
 class PlainAttributes:
@@ -17,31 +20,31 @@ class PlainAttributes:
 
     def __init__(self, module: LightningModule) -> None:
         self._module = module
-        self._first = self._read()
+        self._last: Attributes = {}
 
-    def _read(self) -> dict[tuple[str, str], Any]:
-        return {
+    def take(self) -> Attributes:
+        """Return, by submodule and name, those that are of a plain kind now."""
+        found = {
             (namespace, name): value
             for namespace, submodule in self._module.named_modules()
             if not isinstance(submodule, Metric)
             for name, value in vars(submodule).items()
             if isinstance(value, _PLAIN) and name not in _LIGHTNINGS_OWN
         }
+        if found != self._last:  # else one serves for many steps
+            self._last = found
+        return self._last
 
-    def changes(self) -> dict[tuple[str, str], Any]:
-        """Return, by submodule and name, those that are not what they were at first."""
-        unknown = object()
-        return {k: v for k, v in self._read().items() if self._first.get(k, unknown) != v}
-
-    def put(self, changes: dict[tuple[str, str], Any]) -> None:
-        """Let the module hold again what it held.
+    def put(self, attributes: Attributes) -> None:
+        """Let the module hold again what it held, in what it still has of submodules.
 
         Args:
-            changes: What :meth:`changes` returned then.
+            attributes: What :meth:`take` returned then.
         """
         submodules = dict(self._module.named_modules())
-        for (namespace, name), value in (self._first | changes).items():
-            submodules[namespace].__dict__[name] = value
+        for (namespace, name), value in attributes.items():
+            if namespace in submodules:
+                submodules[namespace].__dict__[name] = value
 
 
 _PLAIN = (bool, int, float, str, type(None))

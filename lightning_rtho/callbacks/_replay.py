@@ -60,6 +60,8 @@ def noted_beginning(module: LightningModule, note: Callable[[Any], None]) -> Ite
         note(batch)
         return step(batch, *args, **kwargs)
 
+    # Lightning reads the signature below one decorator alone.
+    noted.__wrapped__ = getattr(step, "__wrapped__", step)
     module.training_step = noted  # type: ignore[method-assign]
     try:
         yield
@@ -147,7 +149,7 @@ class TrainingStepReplay:
         self._random_state = read_random_state()
         self._progress = _Progress(trainer, trainer.global_step, trainer.current_epoch)
         self._buffers = buffers.take()
-        self._attributes, self._changes = attributes, attributes.changes()
+        self._attributes, self._values = attributes, attributes.take()
 
     def state_dict(self) -> dict[str, Any] | None:
         """Return what the step depended on; None if its batch is of no plain kind."""
@@ -161,7 +163,7 @@ class TrainingStepReplay:
             "accumulated": self._accumulated,
             "random_state": self._random_state,
             "progress": [self._progress.global_step, self._progress.epoch],
-            "attributes": [[*name, value] for name, value in self._changes.items()],
+            "attributes": [[*name, value] for name, value in self._values.items()],
             "buffers": [[*name, value] for name, value in buffers.items()],
             "bystanders": [[*bystander] for bystander in self._bystanders],
         }
@@ -196,7 +198,7 @@ class TrainingStepReplay:
         replay._bystanders = [Bystander(*bystander) for bystander in state["bystanders"]]
         replay._progress = _Progress(trainer, *state["progress"])
         replay._attributes = attributes
-        replay._changes = {(place, name): value for place, name, value in state["attributes"]}
+        replay._values = {(place, name): value for place, name, value in state["attributes"]}
         device = trainer.strategy.root_device
         replay._buffers = {
             (namespace, name): BufferCopy(None, None, buffer.to(device))
@@ -218,7 +220,7 @@ class TrainingStepReplay:
             submodules = dict(module.named_modules())
             for (namespace, name), buffer in buffers.items():
                 submodules[namespace]._buffers[name] = buffer.clone()
-            self._attributes.put(self._changes)
+            self._attributes.put(self._values)
             self._statistics.start()
             output: Any = trainer.strategy.training_step(*self._args)
             loss = output["loss"] if isinstance(output, dict) else output

@@ -75,6 +75,7 @@ class FollowedRun:
         self._tuned = tuned
         self._columns = _columns(tuned)
         self.method = make_method(_params(module, optimizers), list(tuned.values()))
+        _refuse_hooks(self.method.params)
         self.steps = self._skipped_steps = 0
         self._recorded = self._is_advancing = False
         self._statistics = RunningStatistics(module)
@@ -133,7 +134,7 @@ class FollowedRun:
                 self._watched = True
                 moving = [param for param in self.trained if param.requires_grad]
                 self._watch.enter_context(DetachedWeights(moving))
-                self._watch.enter_context(WatchedHooks())
+                self._watch.enter_context(WatchedHooks(self._module))
 
     def _await_step(self, batch_idx: int) -> None:
         """Make ready to take down what the training step depends on when it begins."""
@@ -236,6 +237,7 @@ class FollowedRun:
             updates = self._take_statistics()
         if not self._following:
             return
+        _refuse_hooks(self.method.params)  # which may have come since
         self._look_for_unseen(loss)
         if self._is_first_batch:
             warn_of_own_functions(loss)
@@ -490,6 +492,12 @@ def _params(module: LightningModule, optimizers: Sequence[DifferentiableOptimize
                 f"A parameter of shape {tuple(param.shape)} is complex ({param.dtype}), for which "
                 "there are no update rules. Train its real and imaginary parts as two parameters."
             )
+    return [*trained, *bystanders]
+
+
+def _refuse_hooks(params: Sequence[Tensor]) -> None:
+    """Refuse weights whose gradients a hook may change."""
+    for param in params:
         # Private: torch tells in no other way that a tensor has hooks.
         if getattr(param, "_backward_hooks", None):
             raise MisconfigurationException(
@@ -497,7 +505,6 @@ def _params(module: LightningModule, optimizers: Sequence[DifferentiableOptimize
                 "gradient (`register_hook`), which cannot be followed. Remove the hook, or write "
                 "its effect into the loss."
             )
-    return [*trained, *bystanders]
 
 
 def _columns(tuned: Mapping[str, Hyperparameter]) -> dict[int, int]:

@@ -4,7 +4,7 @@ A model is validated with the statistics that its training forward passes left b
 carry a part of the outer objective's dependence on the hyperparameters.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
@@ -81,6 +81,7 @@ class RunningStatistics:
         self._patch = ExitStack()
         self._traced = True
         self._versions: list[int | None] = []
+        self._means: list[Tensor | None] = []
         self._updates: list[StatisticUpdate] = []
         self._moved: set[int] = set()
         self.reads_past = False
@@ -102,6 +103,7 @@ class RunningStatistics:
         if self._norms:
             self._traced, self.reads_past = traced, False
             self._versions = [_version(buffer) for buffer in self.buffers]
+            self._means = self._running_means()
             # Layers with a `forward` of their own call it, too, each as often as it likes.
             self._patch.enter_context(mock.patch.object(torch, "batch_norm", self._watched))
 
@@ -128,15 +130,14 @@ class RunningStatistics:
                 return norm
         return None
 
-    def _first_buffer(self, mean: Tensor | None) -> int | None:
-        """Return the position of the running mean of a known layer; None for another's."""
-        means = (norm._buffers["running_mean"] for norm in self._norms)
-        return next((2 * i for i, known in enumerate(means) if known is mean), None)
+    def _running_means(self) -> list[Tensor | None]:
+        """Return those of the layers themselves, where a functional call may put others."""
+        return [norm.running_mean for norm in self._norms]
 
     def _watched(self, *args: Any, **kwargs: Any) -> Tensor:
         """Normalize a batch; compute what is averaged into the buffers, differentiably."""
         call = _Call(*args, **kwargs)
-        first = self._first_buffer(call.running_mean)
+        first = _first_buffer(call.running_mean, self._means)
         if first is not None and call.training:
             assert call.running_mean is not None
             with torch.set_grad_enabled(self._traced and torch.is_grad_enabled()):
@@ -159,10 +160,11 @@ class RunningStatistics:
             derivative by them.
         """
         leaves = [buffer.detach().clone().requires_grad_() for buffer in self.buffers]
+        means = self._running_means()
 
         def normalize(*args: Any, **kwargs: Any) -> Tensor:
             call = _Call(*args, **kwargs)
-            first = self._first_buffer(call.running_mean)
+            first = _first_buffer(call.running_mean, means)
             if first is None or call.training:
                 return _batch_norm(*call)
             shape = [1, -1, *[1] * (call.input.dim() - 2)]
@@ -193,6 +195,11 @@ class _Call(NamedTuple):
     momentum: float
     eps: float
     cudnn_enabled: bool
+
+
+def _first_buffer(mean: Tensor | None, means: Sequence[Tensor | None]) -> int | None:
+    """Return the position of a layer's running mean among all statistics; None for another's."""
+    return next((2 * i for i, known in enumerate(means) if known is mean), None)
 
 
 def _version(buffer: Tensor) -> int | None:

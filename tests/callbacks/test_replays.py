@@ -1,5 +1,7 @@
 """What a training step depends on, beside its batch, when `TRHO` makes it again."""
 
+from functools import wraps
+
 import lightning as L
 import pytest
 import torch
@@ -79,7 +81,48 @@ class Named(SmallNet):
         return F.mse_loss(self.net(batch["x"]), batch["y"])
 
 
+class Growing(SmallNet):
+    """Makes late what it needs: a tensor in a hook, another in its first step; drops a layer."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.scale = self.mask = None
+        self.aux = torch.nn.Linear(1, 1)
+
+    def on_train_start(self):
+        self.scale = torch.tensor(2.0)
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            del self.aux
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        if self.mask is None:
+            self.mask = torch.rand(x.shape[1])
+        return self.scale * F.mse_loss(self.net(x * self.mask), y)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net.parameters(), **self.settings)
+
+
+def logged(step):
+    @wraps(step)
+    def decorated(*args, **kwargs):
+        return step(*args, **kwargs)
+
+    return decorated
+
+
+class Decorated(SmallNet):
+    @logged
+    def training_step(self, batch):
+        return super().training_step(batch, 0)
+
+
 CASES = {
+    "what is made late": (Growing, ()),
+    "decorated step": (Decorated, ()),
     "attributes": (Annealed, ()),
     "random numbers": (Drawing, ()),
     "buffers": (Counting, ()),
@@ -137,6 +180,16 @@ def test_a_first_step_without_a_loss_is_stepped_over(make):
     callback = make(hyper_batch_size=2)
     fit(module, callback, steps=7)
     assert len(callback.schedule) == 3
+
+
+@pytest.mark.parametrize("make", [RTHO, TRHO])
+def test_a_hook_of_a_weight_that_comes_late_is_refused(make):
+    class Hooked(SmallNet):
+        def on_train_start(self):
+            self.net[0].weight.register_hook(lambda grad: grad.clamp(-0.05, 0.05))
+
+    with pytest.raises(MisconfigurationException, match="has a hook that may change its gradient"):
+        fit(Hooked(lr=0.1), make(["lr"], hyper_batch_size=2), steps=4)
 
 
 class Sized(SmallNet):

@@ -249,3 +249,13 @@ def test_reading_statistics_that_were_updated_before_is_noticed():
         assert not reads_past(training=False)
     statistics.forget()
     assert not reads_past(training=False)
+
+
+def test_buffers_that_a_functional_call_brings_are_none_of_ours():
+    norm, x = nn.BatchNorm1d(2), torch.randn(4, 2)
+    statistics = RunningStatistics(norm)
+    brought = {name: buffer.clone() for name, buffer in norm.named_buffers()}
+    statistics.start()
+    torch.func.functional_call(norm, brought, x)
+    assert statistics.collect() == ()
+    assert brought["running_mean"].any()

@@ -103,7 +103,7 @@ class StepTrace(Callback):
             with ExitStack() as stack:
                 stack.enter_context(DetachedWeights(sources, report))
                 stack.enter_context(_TakenOut(report))
-                stack.enter_context(WatchedHooks(self._note_hook))
+                stack.enter_context(WatchedHooks(module, self._note_hook))
                 output = step(*args, **kwargs)
             loss = output.get("loss") if isinstance(output, dict) else output
             if isinstance(loss, Tensor):
