@@ -1,4 +1,4 @@
-"""What all layers share: slopes at singular points, rounding, copies to a device."""
+"""What all layers share: slopes at singular points, rounding, copies to a device, versions."""
 
 import math
 from collections.abc import Sequence
@@ -93,3 +93,15 @@ def are_finite(tensors: Sequence[Tensor]) -> Tensor:
     device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
     sums = [sent_to(device, tensor.sum(dtype=torch.float32)) for tensor in tensors]
     return torch.stack(sums).isfinite().all()
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """Count how often a tensor has been written to.
+
+    Args:
+        tensor: The tensor ``[*X]``.
+
+    Returns:
+        The count; None where torch does not keep it, as of inference tensors.
+    """
+    return None if tensor.is_inference() else tensor._version

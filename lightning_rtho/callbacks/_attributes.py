@@ -5,7 +5,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torchmetrics import Metric
 
-__all__ = ["Attributes", "PlainAttributes"]
+__all__ = ["PlainAttributes", "put_attributes"]
 
 Attributes = dict[tuple[str, str], Any]
 """Values by the names of a submodule and of an attribute."""
@@ -35,16 +35,18 @@ class PlainAttributes:
             self._last = found
         return self._last
 
-    def put(self, attributes: Attributes) -> None:
-        """Let the module hold again what it held, in what it still has of submodules.
 
-        Args:
-            attributes: What :meth:`take` returned then.
-        """
-        submodules = dict(self._module.named_modules())
-        for (namespace, name), value in attributes.items():
-            if namespace in submodules:
-                submodules[namespace].__dict__[name] = value
+def put_attributes(module: LightningModule, attributes: Attributes) -> None:
+    """Let a module hold again what it held, in what it still has of submodules.
+
+    Args:
+        module: The module.
+        attributes: What :meth:`PlainAttributes.take` returned then.
+    """
+    submodules = dict(module.named_modules())
+    for (namespace, name), value in attributes.items():
+        if namespace in submodules:
+            submodules[namespace].__dict__[name] = value
 
 
 _PLAIN = (bool, int, float, str, type(None))

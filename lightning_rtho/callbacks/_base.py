@@ -280,7 +280,7 @@ class HypergradientCallback(Callback):
             stopped = self.stop_step is not None and trainer.global_step >= self.stop_step
             if started and not stopped:
                 self._loop.begin()
-            self._loop.run.before_batch(batch, batch_idx, follow=started and not stopped)
+            self._loop.run.before_batch(batch_idx, follow=started and not stopped)
 
     @override
     def on_before_zero_grad(

@@ -1,14 +1,29 @@
 """Buffers of a module: a part of what a training step depends on."""
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-__all__ = ["BufferCopies", "BufferCopy", "changed_since"]
+from lightning_rtho._numerics import version_of
+from lightning_rtho.hyperparameters import Hyperparameter
 
-Name = tuple[str, str]
-"""Of the submodule, and of the buffer in it."""
+__all__ = ["BufferCopies", "BufferCopy", "buffers_of", "changed_since"]
+
+
+def buffers_of(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Find every buffer of a module that is no hyperparameter.
+
+    Args:
+        module: The module.
+
+    Yields:
+        Its name, the dict that holds it and its key there.
+    """
+    for prefix, submodule in module.named_modules():
+        for key, buffer in submodule._buffers.items():
+            if buffer is not None and not isinstance(buffer, Hyperparameter):
+                yield f"{prefix}.{key}", submodule._buffers, key
 
 
 class BufferCopy(NamedTuple):
@@ -26,7 +41,7 @@ class BufferCopy(NamedTuple):
 
     def is_of(self, buffer: Tensor) -> bool:
         """Tell whether a buffer is known to be what it was."""
-        version = _version(buffer)
+        version = version_of(buffer)
         return self.buffer is buffer and version is not None and self.version == version
 
 
@@ -39,20 +54,20 @@ class BufferCopies:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._last: dict[Name, BufferCopy] = {}
+        self._last: dict[str, BufferCopy] = {}
 
-    def take(self) -> dict[Name, BufferCopy]:
-        """Return the buffers as they are."""
+    def take(self) -> dict[str, BufferCopy]:
+        """Return the buffers as they are, by name."""
         known, self._last = self._last, {}
-        for name, buffer in _buffers(self._module):
-            copy = known.get(name)
+        for name, buffers, key in buffers_of(self._module):
+            copy, buffer = known.get(name), buffers[key]
             if copy is None or not copy.is_of(buffer):
-                copy = BufferCopy(buffer, _version(buffer), buffer.clone())
+                copy = BufferCopy(buffer, version_of(buffer), buffer.clone())
             self._last[name] = copy
         return self._last
 
 
-def changed_since(copies: Mapping[Name, BufferCopy], module: nn.Module) -> dict[Name, Tensor]:
+def changed_since(copies: Mapping[str, BufferCopy], module: nn.Module) -> dict[str, Tensor]:
     """Return what buffers were, where they may be something else by now.
 
     Args:
@@ -62,20 +77,9 @@ def changed_since(copies: Mapping[Name, BufferCopy], module: nn.Module) -> dict[
     Returns:
         The values by name, each ``[*B]``.
     """
-    present = dict(_buffers(module))
+    present = {name: buffers[key] for name, buffers, key in buffers_of(module)}
     return {
         name: copy.value
         for name, copy in copies.items()
         if name in present and not copy.is_of(present[name])
     }
-
-
-def _buffers(module: nn.Module) -> Iterator[tuple[Name, Tensor]]:
-    """Yield names and buffers."""
-    for namespace, submodule in module.named_modules():
-        for name, buffer in submodule.named_buffers(recurse=False):
-            yield (namespace, name), buffer
-
-
-def _version(buffer: Tensor) -> int | None:
-    return None if buffer.is_inference() else buffer._version

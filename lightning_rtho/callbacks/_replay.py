@@ -14,8 +14,8 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_rtho.callbacks._attributes import PlainAttributes
-from lightning_rtho.callbacks._buffers import BufferCopies, BufferCopy, changed_since
+from lightning_rtho.callbacks._attributes import PlainAttributes, put_attributes
+from lightning_rtho.callbacks._buffers import BufferCopies, BufferCopy, buffers_of, changed_since
 from lightning_rtho.callbacks._bystanders import Bystander, standing_at
 from lightning_rtho.callbacks._isolation import isolated
 from lightning_rtho.callbacks._kernels import twice_differentiable_kernels
@@ -149,13 +149,12 @@ class TrainingStepReplay:
         self._random_state = read_random_state()
         self._progress = _Progress(trainer, trainer.global_step, trainer.current_epoch)
         self._buffers = buffers.take()
-        self._attributes, self._values = attributes, attributes.take()
+        self._attributes = attributes.take()
 
     def state_dict(self) -> dict[str, Any] | None:
         """Return what the step depended on; None if its batch is of no plain kind."""
         if not _is_plain(self._args):
             return None
-        buffers = changed_since(self._buffers, self._module)
         return {
             "is_sample": self.is_sample,
             "args": self._args,
@@ -163,8 +162,8 @@ class TrainingStepReplay:
             "accumulated": self._accumulated,
             "random_state": self._random_state,
             "progress": [self._progress.global_step, self._progress.epoch],
-            "attributes": [[*name, value] for name, value in self._values.items()],
-            "buffers": [[*name, value] for name, value in buffers.items()],
+            "attributes": [[*name, value] for name, value in self._attributes.items()],
+            "buffers": changed_since(self._buffers, self._module),
             "bystanders": [[*bystander] for bystander in self._bystanders],
         }
 
@@ -174,7 +173,6 @@ class TrainingStepReplay:
         trainer: Trainer,
         module: LightningModule,
         statistics: RunningStatistics,
-        attributes: PlainAttributes,
         state: dict[str, Any],
     ) -> "TrainingStepReplay":
         """Make the replay of a step of another run.
@@ -183,7 +181,6 @@ class TrainingStepReplay:
             trainer: The trainer.
             module: The module.
             statistics: The running statistics of the module.
-            attributes: Its plain attributes.
             state: What :meth:`state_dict` returned.
 
         Returns:
@@ -197,12 +194,11 @@ class TrainingStepReplay:
         replay._random_state = state["random_state"]
         replay._bystanders = [Bystander(*bystander) for bystander in state["bystanders"]]
         replay._progress = _Progress(trainer, *state["progress"])
-        replay._attributes = attributes
-        replay._values = {(place, name): value for place, name, value in state["attributes"]}
+        replay._attributes = {(place, name): value for place, name, value in state["attributes"]}
         device = trainer.strategy.root_device
         replay._buffers = {
-            (namespace, name): BufferCopy(None, None, buffer.to(device))
-            for namespace, name, buffer in state["buffers"]
+            name: BufferCopy(None, None, value.to(device))
+            for name, value in state["buffers"].items()
         }
         return replay
 
@@ -217,10 +213,10 @@ class TrainingStepReplay:
             twice_differentiable_kernels(module),
         ):
             write_random_state(self._random_state)
-            submodules = dict(module.named_modules())
-            for (namespace, name), buffer in buffers.items():
-                submodules[namespace]._buffers[name] = buffer.clone()
-            self._attributes.put(self._values)
+            for name, holder, key in buffers_of(module):
+                if name in buffers:
+                    holder[key] = buffers[name].clone()
+            put_attributes(module, self._attributes)
             self._statistics.start()
             output: Any = trainer.strategy.training_step(*self._args)
             loss = output["loss"] if isinstance(output, dict) else output

@@ -76,6 +76,8 @@ class FollowedRun:
         self._columns = _columns(tuned)
         self.method = make_method(_params(module, optimizers), list(tuned.values()))
         _refuse_hooks(self.method.params)
+        if self.method.needs_replay:
+            _refuse_own_batches(module)
         self.steps = self._skipped_steps = 0
         self._recorded = self._is_advancing = False
         self._statistics = RunningStatistics(module)
@@ -104,8 +106,8 @@ class FollowedRun:
         """The weights that the optimizers have now."""
         return [param for optimizer in self._optimizers for param in optimizer.params]
 
-    def before_batch(self, batch: Any, batch_idx: int, *, follow: bool) -> None:
-        """Take down what the coming training step depends on, if it is followed."""
+    def before_batch(self, batch_idx: int, *, follow: bool) -> None:
+        """Make ready for the coming training step, if it is followed."""
         self._watch.close()
         self._forward_context.close()
         if self._following and not follow:
@@ -122,7 +124,8 @@ class FollowedRun:
             if self.method.needs_replay:
                 if self._bystanders.have_set_out():  # steps so far stand for other weights
                     self.method.reset()
-                self._await_step(batch_idx)  # other hooks may run before
+                note = partial(self._note_beginning, batch_idx)
+                self._forward_context.enter_context(noted_beginning(self._module, note))
             else:
                 self._forward_context.enter_context(twice_differentiable_kernels(self._module))
             # Where losses are computed again, their statistics are, too.
@@ -136,18 +139,9 @@ class FollowedRun:
                 self._watch.enter_context(DetachedWeights(moving))
                 self._watch.enter_context(WatchedHooks(self._module))
 
-    def _await_step(self, batch_idx: int) -> None:
-        """Make ready to take down what the training step depends on when it begins."""
-        if is_param_in_hook_signature(self._module.training_step, "dataloader_iter", explicit=True):
-            raise MisconfigurationException(
-                "`training_step` takes its batches from `dataloader_iter`, so that it cannot be "
-                "made again. Let it take a batch, or use `RTHO` or `TRHO(tape=KeepGraph())`."
-            )
-
-        def note(batch: Any) -> None:
-            self._replay = self._prepare_replay(batch, batch_idx)
-
-        self._forward_context.enter_context(noted_beginning(self._module, note))
+    def _note_beginning(self, batch_idx: int, batch: Any) -> None:
+        """Take down what the training step depends on, as it begins."""
+        self._replay = self._prepare_replay(batch, batch_idx)
 
     def _prepare_replay(self, batch: Any, batch_idx: int) -> TrainingStepReplay:
         """Make ready to compute the loss again: the whole in the first step, then of a sample."""
@@ -231,11 +225,11 @@ class FollowedRun:
         if self._manual is None:
             self._watch.close()
             self._forward_context.close()
-        updates: tuple[StatisticUpdate, ...] = ()
-        if self._following:
-            self._rest_if_weights_were_frozen()
-            updates = self._take_statistics()
         if not self._following:
+            return
+        self._rest_if_weights_were_frozen()
+        updates = self._take_statistics()
+        if not self._following:  # it rests
             return
         _refuse_hooks(self.method.params)  # which may have come since
         self._look_for_unseen(loss)
@@ -437,11 +431,7 @@ class FollowedRun:
             self._optimizers[0].rule_class,
             self._clip,
             partial(
-                TrainingStepReplay.from_state_dict,
-                self._trainer,
-                self._module,
-                self._statistics,
-                self._attributes,
+                TrainingStepReplay.from_state_dict, self._trainer, self._module, self._statistics
             ),
         )
 
@@ -505,6 +495,15 @@ def _refuse_hooks(params: Sequence[Tensor]) -> None:
                 "gradient (`register_hook`), which cannot be followed. Remove the hook, or write "
                 "its effect into the loss."
             )
+
+
+def _refuse_own_batches(module: LightningModule) -> None:
+    """Refuse a training step that cannot be made again."""
+    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+        raise MisconfigurationException(
+            "`training_step` takes its batches from `dataloader_iter`, so that it cannot be made "
+            "again. Let it take a batch, or use `RTHO` or `TRHO(tape=KeepGraph())`."
+        )
 
 
 def _columns(tuned: Mapping[str, Hyperparameter]) -> dict[int, int]:

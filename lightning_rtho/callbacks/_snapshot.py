@@ -1,15 +1,15 @@
 """Copies of a training state, to go back to."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_rtho._types import State
+from lightning_rtho.callbacks._buffers import buffers_of
 from lightning_rtho.callbacks._bystanders import untrained_weights
-from lightning_rtho.hyperparameters import Hyperparameter
 from lightning_rtho.optim import DifferentiableOptimizer
 
 __all__ = [
@@ -47,7 +47,7 @@ def take_snapshot(
         "params": [param.detach().clone() for param in params],
         "states": [_copy(_state_of(param, optimizers)) for param in params],
         "derivative_buffers": [_copy(b) for b in read_derivative_buffers(params, optimizers)],
-        "buffers": {name: buffers[key].clone() for name, buffers, key in _buffers(module)},
+        "buffers": {name: buffers[key].clone() for name, buffers, key in buffers_of(module)},
         "others": {
             name: other.detach().to("cpu", copy=True)
             for name, other in untrained_weights(module, params)
@@ -80,12 +80,12 @@ def restore_snapshot(
                     _write(optimizer.state[param], state)
                     if not state:  # before an optimizer's first step it knows no weight
                         del optimizer.state[param]
-        buffers_of = [_copy(buffers) for buffers in snapshot["derivative_buffers"]]
-        write_derivative_buffers(buffers_of, params, optimizers)
+        unkept = [_copy(buffers) for buffers in snapshot["derivative_buffers"]]
+        write_derivative_buffers(unkept, params, optimizers)
         for name, other in untrained_weights(module, params):
             if name in snapshot["others"]:
                 other.copy_(snapshot["others"][name])
-        for name, buffers, key in _buffers(module):
+        for name, buffers, key in buffers_of(module):
             if name in snapshot["buffers"]:
                 _write(buffers, {key: snapshot["buffers"][name]}, whole=False)
 
@@ -224,11 +224,3 @@ def _write(place: dict[str, Any], values: dict[str, Any], whole: bool = True) ->
             present.copy_(value)
         else:
             place[key] = value.clone()
-
-
-def _buffers(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Yield the name of every buffer, the dict that holds it and its key there."""
-    for prefix, submodule in module.named_modules():
-        for key, buffer in submodule._buffers.items():
-            if buffer is not None and not isinstance(buffer, Hyperparameter):
-                yield f"{prefix}.{key}", submodule._buffers, key

@@ -154,8 +154,8 @@ def _arithmetic(name: str, reflected: bool) -> Callable[..., Any]:
     return apply
 
 
-def _cast(number: Tensor, others: Sequence[Tensor]) -> Tensor:
-    """Turn a scalar into the tensor that stands for it beside others."""
+def _cast(number: Tensor, others: Sequence[Tensor], device: torch.device | None = None) -> Tensor:
+    """Turn a scalar into the tensor that stands for it beside others; None is their device."""
     floating = [other.dtype for other in others if other.is_floating_point()]
     # From float32 up: kernels of lower precision read their scalars in float32. The C type, not
     # the subclass, or the result would be a Number with no precision to keep.
@@ -163,14 +163,14 @@ def _cast(number: Tensor, others: Sequence[Tensor]) -> Tensor:
         torch.promote_types, floating or [torch.get_default_dtype()], torch.float32
     )
     with torch._C.DisableTorchFunctionSubclass():
-        return sent_to(others[0].device, number.as_subclass(Tensor), dtype)
+        return sent_to(device or others[0].device, number.as_subclass(Tensor), dtype)
 
 
 def _operand(number: Tensor, other: Tensor) -> Tensor:
     """Turn a scalar into the operand that stands for it in arithmetic with a tensor."""
     # Kernels of low precision read scalars in float32 only where the host holds them.
-    scalar = _cast(number, [other])
-    return scalar.cpu() if other.is_floating_point() and other.element_size() < 4 else scalar
+    is_low = other.is_floating_point() and other.element_size() < 4
+    return _cast(number, [other], torch.device("cpu") if is_low else None)
 
 
 for _name in ("add", "sub", "mul", "truediv", "pow"):

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_rtho._numerics import version_of
+
 __all__ = ["RunningStatistics", "StatisticUpdate", "TracedLoss"]
 
 
@@ -102,7 +104,7 @@ class RunningStatistics:
         self.collect()
         if self._norms:
             self._traced, self.reads_past = traced, False
-            self._versions = [_version(buffer) for buffer in self.buffers]
+            self._versions = [version_of(buffer) for buffer in self.buffers]
             self._means = self._running_means()
             # Layers with a `forward` of their own call it, too, each as often as it likes.
             self._patch.enter_context(mock.patch.object(torch, "batch_norm", self._watched))
@@ -126,7 +128,7 @@ class RunningStatistics:
         for i, (buffer, version) in enumerate(zip(self.buffers, self._versions, strict=False)):
             norm = self._norms[i // 2]
             is_own = type(norm).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-            if is_own and i not in seen and version != _version(buffer):
+            if is_own and i not in seen and version != version_of(buffer):
                 return norm
         return None
 
@@ -200,8 +202,3 @@ class _Call(NamedTuple):
 def _first_buffer(mean: Tensor | None, means: Sequence[Tensor | None]) -> int | None:
     """Return the position of a layer's running mean among all statistics; None for another's."""
     return next((2 * i for i, known in enumerate(means) if known is mean), None)
-
-
-def _version(buffer: Tensor) -> int | None:
-    """Count of the writes to a buffer; None where torch does not count them."""
-    return None if buffer.is_inference() else buffer._version
