@@ -18,6 +18,8 @@ class GradientHandOver:
     It stands in for ``LightningModule.backward``, for one backward pass each time. Weights may
     share the memory of the gradients that they are given, without a copy, once a step has shown
     that nobody writes to them, not even the optimizer, as foreach SGD with Nesterov's momentum.
+    Where someone waits for the gradients of other tensors, backward runs after all, and leaves the
+    graph to us.
 
     Args:
         module: The module.
@@ -27,18 +29,28 @@ class GradientHandOver:
         self._module = module
         self._versions: dict[Tensor, int] = {}
         self._is_shared = False
+        self._others: Sequence[Tensor] | None = None
         self._is_written_to: bool | None = None  # in the first step
         self._first_step: list[tuple[Tensor, int]] = []
 
-    def give(self, pairs: Sequence[tuple[Tensor, Tensor]], *, may_share: bool) -> None:
+    def give(
+        self,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        *,
+        may_share: bool,
+        others: Sequence[Tensor] | None,
+    ) -> None:
         """Let the coming backward pass hand gradients over.
 
         Args:
             pairs: Weights and what they get, each ``[*P]``.
             may_share: Whether the step's gradient is that of this loss alone, as it is.
+            others: Other leaves that shall have their gradients, each ``[*X]``; None where there
+                are none and nobody else waits for the backward pass either.
         """
-        is_left_alone = self._is_written_to is False
-        self._is_shared = is_left_alone and may_share and _may_be_shared(pairs)
+        self._others = others
+        may_share = may_share and others is None and self._is_written_to is False
+        self._is_shared = may_share and _may_be_shared(pairs)
         self._module.backward = partial(self._backward, pairs)  # type: ignore[method-assign]
 
     def _backward(
@@ -52,17 +64,23 @@ class GradientHandOver:
                 "cannot be followed. Scale the loss, or toggle the optimizer whose weights shall "
                 "move."
             )
-        if self._is_shared:
+        if self._others is not None:
+            inputs = [*(param for param, _ in pairs), *self._others]
+            torch.autograd.backward(loss, inputs=inputs, retain_graph=True)
+        elif self._is_shared:
             for param, gradient in pairs:
                 param.grad = gradient
         elif pairs:
-            params, gradients = zip(*pairs, strict=True)
+            # What a hook writes to is not what we know of the gradient.
+            given = [(p, g.clone() if p._backward_hooks else g) for p, g in pairs]
+            params, gradients = zip(*given, strict=True)
             torch.autograd.backward(params, gradients)
         # Now: the next who might write to them is another callback.
         self._versions |= {p: p.grad._version for p, _ in pairs if p.grad is not None}
 
     def end_backward(self) -> None:
         """Give backward back to the module."""
+        self._others = None
         vars(self._module).pop("backward", None)
 
     def are_traced(self, params: Sequence[Tensor]) -> bool | None:
@@ -112,5 +130,6 @@ def _fits(param: Tensor, gradient: Tensor) -> bool:
         and gradient.dtype == param.dtype
         and gradient.device == param.device
         # Private: torch tells in no other way that someone waits for gradients.
+        and not param._backward_hooks
         and not getattr(param, "_post_accumulate_grad_hooks", None)
     )

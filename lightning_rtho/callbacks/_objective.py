@@ -20,7 +20,7 @@ from lightning_rtho.callbacks._isolation import isolated
 from lightning_rtho.callbacks._kernels import native_recurrent_kernels
 from lightning_rtho.callbacks._metric import MetricObjective
 from lightning_rtho.hypergradient import OuterGradient
-from lightning_rtho.linearization import RunningStatistics
+from lightning_rtho.linearization import RunningStatistics, silenceable_hooks
 from lightning_rtho.outer import CyclingBatches, outer_gradient
 
 __all__ = ["ValidationObjective", "check_outer_steps"]
@@ -132,6 +132,7 @@ class ValidationObjective:
         with (
             isolated(self._trainer, self._module, RunningStage.VALIDATING),
             native_recurrent_kernels(self._module),
+            silenceable_hooks(),
         ):
             try:
                 if not again:

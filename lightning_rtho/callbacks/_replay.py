@@ -20,7 +20,7 @@ from lightning_rtho.callbacks._bystanders import Bystander, standing_at
 from lightning_rtho.callbacks._isolation import isolated
 from lightning_rtho.callbacks._kernels import twice_differentiable_kernels
 from lightning_rtho.callbacks._random import read_random_state, write_random_state
-from lightning_rtho.linearization import RunningStatistics, TracedLoss
+from lightning_rtho.linearization import RunningStatistics, TracedLoss, silenceable_hooks
 
 __all__ = ["TrainingStepReplay", "loss_scale", "noted_beginning"]
 
@@ -211,6 +211,7 @@ class TrainingStepReplay:
             self._progress.restored(),
             standing_at(self._bystanders, module),
             twice_differentiable_kernels(module),
+            silenceable_hooks(),
         ):
             write_random_state(self._random_state)
             for name, holder, key in buffers_of(module):

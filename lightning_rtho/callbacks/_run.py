@@ -27,18 +27,21 @@ from lightning_rtho.callbacks._kernels import (
     warn_of_eager_steps,
 )
 from lightning_rtho.callbacks._manual import ManualStep
-from lightning_rtho.callbacks._own_backward import WatchedHooks, warn_of_own_functions
+from lightning_rtho.callbacks._own_backward import warn_of_own_functions
 from lightning_rtho.callbacks._replay import TrainingStepReplay, loss_scale, noted_beginning
 from lightning_rtho.callbacks._snapshot import read_derivative_buffers, write_derivative_buffers
 from lightning_rtho.hypergradient import AbstractHypergradient, OptimizerStep, Recollection
 from lightning_rtho.hyperparameters import Hyperparameter
 from lightning_rtho.linearization import (
+    BackwardHooks,
     ClipByNorm,
     ClipByValue,
     GradientClip,
     RunningStatistics,
     StatisticUpdate,
     TracedLoss,
+    graph_leaves,
+    unheard,
 )
 from lightning_rtho.optim import DifferentiableOptimizer
 
@@ -75,7 +78,7 @@ class FollowedRun:
         self._tuned = tuned
         self._columns = _columns(tuned)
         self.method = make_method(_params(module, optimizers), list(tuned.values()))
-        _refuse_hooks(self.method.params)
+        self._hooks = BackwardHooks(module, self.method.params)
         if self.method.needs_replay:
             _refuse_own_batches(module)
         self.steps = self._skipped_steps = 0
@@ -128,6 +131,8 @@ class FollowedRun:
                 self._forward_context.enter_context(noted_beginning(self._module, note))
             else:
                 self._forward_context.enter_context(twice_differentiable_kernels(self._module))
+            self._hooks.start(self.method.params)
+            self._forward_context.callback(self._hooks.stop)
             # Where losses are computed again, their statistics are, too.
             self._statistics.start(traced=not self.method.needs_replay)
             if self._manual is not None:
@@ -137,7 +142,6 @@ class FollowedRun:
                 self._watched = True
                 moving = [param for param in self.trained if param.requires_grad]
                 self._watch.enter_context(DetachedWeights(moving))
-                self._watch.enter_context(WatchedHooks(self._module))
 
     def _note_beginning(self, batch_idx: int, batch: Any) -> None:
         """Take down what the training step depends on, as it begins."""
@@ -231,7 +235,6 @@ class FollowedRun:
         updates = self._take_statistics()
         if not self._following:  # it rests
             return
-        _refuse_hooks(self.method.params)  # which may have come since
         self._look_for_unseen(loss)
         if self._is_first_batch:
             warn_of_own_functions(loss)
@@ -254,7 +257,8 @@ class FollowedRun:
                 if gradient is not None
                 and (self._manual is None or self._manual.takes_gradient(param))
             ]
-            self._hand_over.give(pairs, may_share=self._may_share_gradients(scale))
+            may_share = self._may_share_gradients(scale)
+            self._hand_over.give(pairs, may_share=may_share, others=self._others_waiting(loss))
 
     def _may_share_gradients(self, scale: float) -> bool:
         """Tell whether nothing is known that adds to the gradients of a loss or changes them."""
@@ -267,13 +271,20 @@ class FollowedRun:
             and not is_overridden("optimizer_zero_grad", self._module)
         )
 
+    def _others_waiting(self, loss: Tensor) -> list[Tensor] | None:
+        """Return leaves of a loss that get a gradient beside weights; None if nobody waits."""
+        known = {id(tensor) for tensor in (*self.method.params, *self.method.hypers)}
+        others = [leaf for leaf in graph_leaves(loss) if id(leaf) not in known]
+        return others if others or self._hooks.are_waiting else None
+
     def _look_for_unseen(self, loss: Tensor) -> None:
         """Strike off the hyperparameters on which the loss depends."""
         self._has_looked = True
         if self._unseen and loss.requires_grad:
-            found = torch.autograd.grad(
-                loss, list(self._unseen.values()), retain_graph=True, allow_unused=True
-            )
+            with unheard():
+                found = torch.autograd.grad(
+                    loss, list(self._unseen.values()), retain_graph=True, allow_unused=True
+                )
             self._unseen = {
                 name: hyper
                 for (name, hyper), gradient in zip(self._unseen.items(), found, strict=True)
@@ -340,6 +351,13 @@ class FollowedRun:
             return
         if self._manual is None:
             self._refuse_unseen()
+        if self._hooks.have_changed:
+            raise MisconfigurationException(
+                "A hook changes a gradient (`register_hook`, `register_full_backward_hook`), which "
+                "cannot be followed. Scale or reverse gradients by "
+                "`lightning_rtho.scale_gradient(x, factor)`, clip them by "
+                "`Trainer(gradient_clip_val=...)`, or write the hook's effect into the loss."
+            )
         overwritten = optimizer.overwritten_setting()
         if overwritten is not None:
             raise MisconfigurationException(
@@ -441,6 +459,7 @@ class FollowedRun:
         self._watch.close()
         self._forward_context.close()
         self._statistics.collect()
+        self._hooks.end(self.method.params)
         self.method.reset()
         if self._manual is not None:
             self._manual.stop()
@@ -483,18 +502,6 @@ def _params(module: LightningModule, optimizers: Sequence[DifferentiableOptimize
                 "there are no update rules. Train its real and imaginary parts as two parameters."
             )
     return [*trained, *bystanders]
-
-
-def _refuse_hooks(params: Sequence[Tensor]) -> None:
-    """Refuse weights whose gradients a hook may change."""
-    for param in params:
-        # Private: torch tells in no other way that a tensor has hooks.
-        if getattr(param, "_backward_hooks", None):
-            raise MisconfigurationException(
-                f"A parameter of shape {tuple(param.shape)} has a hook that may change its "
-                "gradient (`register_hook`), which cannot be followed. Remove the hook, or write "
-                "its effect into the loss."
-            )
 
 
 def _refuse_own_batches(module: LightningModule) -> None:

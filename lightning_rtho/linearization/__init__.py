@@ -4,7 +4,8 @@ from lightning_rtho.linearization._clipping import ClipByNorm, ClipByValue, Grad
 from lightning_rtho.linearization._cohort import cohort_jvp, cohorts
 from lightning_rtho.linearization._fused import fused_step_jvp, fused_step_vjp, is_large
 from lightning_rtho.linearization._gradient import Linearization
-from lightning_rtho.linearization._graph import graph_nodes
+from lightning_rtho.linearization._graph import graph_leaves, graph_nodes
+from lightning_rtho.linearization._hooks import BackwardHooks, silenceable_hooks, unheard
 from lightning_rtho.linearization._statistics import (
     RunningStatistics,
     StatisticUpdate,
@@ -18,6 +19,7 @@ from lightning_rtho.linearization._stop_gradient import (
 )
 
 __all__ = [
+    "BackwardHooks",
     "ClipByNorm",
     "ClipByValue",
     "GradientClip",
@@ -29,12 +31,15 @@ __all__ = [
     "cohorts",
     "fused_step_jvp",
     "fused_step_vjp",
+    "graph_leaves",
     "graph_nodes",
     "is_large",
     "load_forward_mode",
     "scale_gradient",
+    "silenceable_hooks",
     "step_jvp",
     "step_vjp",
     "stop_gradient",
+    "unheard",
     "value_dependence",
 ]

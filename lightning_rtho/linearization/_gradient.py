@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lightning_rtho._numerics import differ
-from lightning_rtho.linearization._graph import graph_nodes
+from lightning_rtho.linearization._graph import graph_leaves, graph_nodes
+from lightning_rtho.linearization._hooks import unheard
 from lightning_rtho.linearization._statistics import TracedLoss
 from lightning_rtho.linearization._stop_gradient import changes_gradient, value_dependence
 
@@ -100,7 +101,7 @@ class Linearization:
             get_gradient_edge(y) if y is not None and y.requires_grad else None for y in outputs
         ]
         # A weight that only statistics depend on has a gradient of zeros by now, not none.
-        used = _leaves(loss.value) if pairs else {id(param) for param in params}
+        used = {id(x) for x in (graph_leaves(loss.value) if pairs else params)}
         self.scaled_gradients = [
             gradient.detach() if gradient is not None and id(param) in used else None
             for param, gradient in zip(params, gradients, strict=False)
@@ -238,12 +239,6 @@ class Linearization:
         )
 
 
-def _leaves(value: Tensor) -> set[int]:
-    """Return the ``id`` of every leaf that a value depends on, itself included."""
-    leaves = (getattr(node, "variable", None) for node in graph_nodes([value]))
-    return {id(value), *(id(leaf) for leaf in leaves if leaf is not None)}
-
-
 def _check_twice_differentiable(nodes: Collection[str]) -> None:
     """Refuse what torch marks as an error in the graph but, for want of an edge, never reaches."""
     if "torch::autograd::Error" in nodes:
@@ -262,18 +257,19 @@ def _gradients(
     create_graph: bool = False,
     retain_graph: bool | None = None,
 ) -> list[Tensor | None]:
-    """``torch.autograd.grad`` that gives None for inputs that need no gradient."""
+    """``torch.autograd.grad``, unheard, that gives None for inputs that need no gradient."""
     positions = [i for i, tensor in enumerate(inputs) if tensor.requires_grad]
     results: list[Tensor | None] = [None] * len(inputs)
     if positions:
-        found = torch.autograd.grad(
-            outputs,
-            [inputs[i] for i in positions],
-            grad_outputs,
-            create_graph=create_graph,
-            retain_graph=retain_graph,
-            allow_unused=True,
-        )
+        with unheard():
+            found = torch.autograd.grad(
+                outputs,
+                [inputs[i] for i in positions],
+                grad_outputs,
+                create_graph=create_graph,
+                retain_graph=retain_graph,
+                allow_unused=True,
+            )
         for i, gradient in zip(positions, found, strict=True):
             results[i] = gradient
     return results

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["graph_nodes"]
+__all__ = ["graph_leaves", "graph_nodes"]
 
 
 def graph_nodes(tensors: Iterable[Tensor | None]) -> Iterator[Any]:
@@ -32,3 +32,26 @@ def graph_nodes(tensors: Iterable[Tensor | None]) -> Iterator[Any]:
         seen.add(node)
         yield node
         nodes += [following for following, _ in node.next_functions]
+
+
+def graph_leaves(value: Tensor) -> Iterator[Tensor]:
+    """Yield every tensor that a value was computed from and that was itself not computed.
+
+    Args:
+        value: The value ``[*X]``.
+
+    Yields:
+        The tensors, each once; the value itself where it is one.
+
+    Example:
+        >>> import torch
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> [leaf is x for leaf in graph_leaves((x * x).sum())]
+        [True]
+    """
+    if value.is_leaf:
+        yield value
+    for node in graph_nodes([value]):
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            yield leaf

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_rtho.distributed import mean_over_ranks
 from lightning_rtho.hypergradient import OuterGradient
-from lightning_rtho.linearization import value_dependence
+from lightning_rtho.linearization import unheard, value_dependence
 
 __all__ = ["outer_gradient"]
 
@@ -51,7 +51,7 @@ def outer_gradient(
                 "`validation_step` (or `outer_step`) returned a loss without a graph. Return the "
                 "loss itself, not a detached value or a metric computed from class decisions."
             )
-        with value_dependence():
+        with value_dependence(), unheard():
             grads = torch.autograd.grad(loss, [inputs[i] for i in wanted], allow_unused=True)
         for i, gradient in zip(wanted, grads, strict=True):
             if gradient is not None:

@@ -136,45 +136,6 @@ def test_a_function_of_ones_own_is_warned_of(method):
     assert sum("autograd function" in str(w.message) for w in warned) == 1
 
 
-@pytest.mark.parametrize("of", ["tensor", "layer", "layer's outputs"])
-@pytest.mark.parametrize("method", METHODS)
-def test_a_hook_that_changes_a_gradient_is_warned_of(method, of):
-    class Hooked(SmallNet):
-        def training_step(self, batch, batch_idx):
-            predicted = self.net(batch[0])
-            if of == "tensor":
-                predicted.register_hook(lambda grad: 0.5 * grad)
-            return F.mse_loss(predicted, batch[1])
-
-    module = Hooked(**as_hyperparameters({"lr": 0.1}))
-    if of == "layer":
-        module.net[2].register_full_backward_hook(lambda layer, inner, outer: (0.5 * inner[0],))
-    elif of == "layer's outputs":
-        module.net[2].register_full_backward_pre_hook(lambda layer, outer: (0.5 * outer[0],))
-    with pytest.warns(UserWarning, match="hook in `training_step` changes a gradient") as warned:
-        fit(module, METHODS[method](2), steps=4)
-    assert sum("changes a gradient" in str(w.message) for w in warned) == 1
-
-
-def test_a_hook_that_looks_at_a_gradient_is_not_warned_of():
-    seen = []
-
-    class Watched(SmallNet):
-        def training_step(self, batch, batch_idx):
-            predicted = self.net(batch[0])
-            predicted.register_hook(lambda grad: seen.append(grad.norm()))
-            return F.mse_loss(predicted, batch[1])
-
-    module = Watched(lr=0.1)
-    hook = lambda layer, inner, outer: seen.append(outer[0].norm())
-    module.net[2].register_full_backward_hook(hook)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*changes a gradient")
-        fit(module, RTHO(["lr"], hyper_batch_size=2), steps=4)
-    assert seen
-    assert [*module.net[2]._backward_hooks.values()] == [hook]
-
-
 def test_batch_statistics_of_detached_values_are_warned_of():
     class PseudoLabelled(SmallNet):
         def training_step(self, batch, batch_idx):

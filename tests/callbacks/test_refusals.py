@@ -111,12 +111,6 @@ class TrainedHyperparameter(Untouched):
         return optim.SGD([*self.parameters(), self.rho], lr=0.1)
 
 
-class Hooked(Untouched):
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.net[0].weight.register_hook(lambda grad: 2 * grad)
-
-
 CASES: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
     "nothing to tune": (
         lambda: Untouched(lr=0.1), RTHO, {}, MisconfigurationException, "declares no hyperp"
@@ -219,9 +213,6 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
         {},
         ValueError,
         "`eta_min` of CosineAnnealingLR must be 0",
-    ),
-    "parameter hook": (
-        lambda: Hooked(lr=0.1), lambda: RTHO(["lr"]), {}, MisconfigurationException, "has a hook"
     ),
     "momentum from 0 under dampening": (
         lambda: Untouched(lr=0.1, dampening=0.1),

@@ -188,7 +188,7 @@ def test_a_hook_of_a_weight_that_comes_late_is_refused(make):
         def on_train_start(self):
             self.net[0].weight.register_hook(lambda grad: grad.clamp(-0.05, 0.05))
 
-    with pytest.raises(MisconfigurationException, match="has a hook that may change its gradient"):
+    with pytest.raises(MisconfigurationException, match="A hook changes a gradient"):
         fit(Hooked(lr=0.1), make(["lr"], hyper_batch_size=2), steps=4)
 
 

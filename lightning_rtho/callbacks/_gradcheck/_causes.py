@@ -60,12 +60,6 @@ def _seen(trace: StepTrace, replayed: bool) -> Iterator[str]:
             f"hyperparameters unseen: {'; '.join(trace.detached)}. Use "
             "`lightning_rtho.stop_gradient(x)` for `x.detach()`."
         )
-    if trace.hooked:
-        yield (
-            "a hook that changes the gradient of a tensor, which is taken for the derivative of "
-            "what runs forward. `lightning_rtho.scale_gradient(x, factor)` scales or reverses "
-            "gradients."
-        )
     if trace.functions:
         yield (
             f"a custom autograd function: {', '.join(trace.functions)}. Its backward pass must be "

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 from lightning_rtho.callbacks._detached import DetachedWeights
-from lightning_rtho.callbacks._own_backward import WatchedHooks, own_functions
+from lightning_rtho.callbacks._own_backward import own_functions
 from lightning_rtho.hyperparameters import Hyperparameter, declared_hyperparameters
 from lightning_rtho.linearization import graph_nodes
 from lightning_rtho.optim import DifferentiableOptimizer
@@ -54,14 +54,13 @@ class StepTrace(Callback):
         functions: Custom autograd functions in the graph of a loss.
         kinks: Operations there that are not smooth everywhere.
         moved: Whether weights changed otherwise than by the optimizer.
-        hooked: Whether a hook has changed the gradient of a tensor.
     """
 
     def __init__(self) -> None:
         self.detached: dict[str, None] = {}
         self.functions: dict[str, None] = {}
         self.kinks: dict[str, None] = {}
-        self.moved = self.hooked = False
+        self.moved = False
         self._after: list[Tensor] = []
 
     @override
@@ -103,7 +102,6 @@ class StepTrace(Callback):
             with ExitStack() as stack:
                 stack.enter_context(DetachedWeights(sources, report))
                 stack.enter_context(_TakenOut(report))
-                stack.enter_context(WatchedHooks(module, self._note_hook))
                 output = step(*args, **kwargs)
             loss = output.get("loss") if isinstance(output, dict) else output
             if isinstance(loss, Tensor):
@@ -111,9 +109,6 @@ class StepTrace(Callback):
             return output
 
         return watched
-
-    def _note_hook(self) -> None:
-        self.hooked = True
 
     def _read_graph(self, loss: Tensor) -> None:
         """Name the operations in the graph of a loss that matter here."""
