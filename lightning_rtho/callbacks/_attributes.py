@@ -5,7 +5,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torchmetrics import Metric
 
-__all__ = ["PlainAttributes", "put_attributes"]
+__all__ = ["PlainAttributes", "put_attributes", "saved_attributes"]
 
 Attributes = dict[tuple[str, str], Any]
 """Values by the names of a submodule and of an attribute."""
@@ -47,6 +47,19 @@ def put_attributes(module: LightningModule, attributes: Attributes) -> None:
     for (namespace, name), value in attributes.items():
         if namespace in submodules:
             submodules[namespace].__dict__[name] = value
+
+
+def saved_attributes(attributes: Attributes) -> list[list[Any]]:
+    """Return what a checkpoint may hold of attributes: no values of a user's or numpy's classes.
+
+    Args:
+        attributes: What :meth:`PlainAttributes.take` returned.
+
+    Returns:
+        Submodule, name and value of each.
+    """
+    numbers = {k: float(v) if isinstance(v, float) else v for k, v in attributes.items()}
+    return [[*place, value] for place, value in numbers.items() if type(value) in _PLAIN]
 
 
 _PLAIN = (bool, int, float, str, type(None))

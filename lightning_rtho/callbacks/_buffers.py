@@ -3,12 +3,16 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lightning_rtho._numerics import version_of
 from lightning_rtho.hyperparameters import Hyperparameter
 
-__all__ = ["BufferCopies", "BufferCopy", "buffers_of", "changed_since"]
+__all__ = ["BufferCopies", "BufferCopy", "buffers_of", "changed_since", "put_buffers"]
+
+_SMALL = 2**16
+"""Entries from which on a buffer on a device is not looked at, nor copied without a reason."""
 
 
 def buffers_of(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
@@ -18,11 +22,11 @@ def buffers_of(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
         module: The module.
 
     Yields:
-        Its name, the dict that holds it and its key there.
+        Its name, the dict that holds it, or None in its place, and its key there.
     """
     for prefix, submodule in module.named_modules():
         for key, buffer in submodule._buffers.items():
-            if buffer is not None and not isinstance(buffer, Hyperparameter):
+            if not isinstance(buffer, Hyperparameter):
                 yield f"{prefix}.{key}", submodule._buffers, key
 
 
@@ -32,17 +36,24 @@ class BufferCopy(NamedTuple):
     Attributes:
         buffer: The buffer itself ``[*B]``; None where it is that of another process.
         version: How often it had been written to; None where torch does not count that.
-        value: Its value then ``[*B]``.
+        value: Its value then ``[*B]``; None where it was not there yet.
     """
 
     buffer: Tensor | None
     version: int | None
-    value: Tensor
+    value: Tensor | None
 
-    def is_of(self, buffer: Tensor) -> bool:
+    def is_of(self, buffer: Tensor | None) -> bool:
         """Tell whether a buffer is known to be what it was."""
+        if buffer is None or self.value is None:
+            return buffer is self.value
         version = version_of(buffer)
-        return self.buffer is buffer and version is not None and self.version == version
+        if self.buffer is not buffer or version is None or self.version != version:
+            return False
+        # What is written to it through `buffer.data` is not counted.
+        if buffer.device.type == "cpu":
+            return torch.equal(buffer, self.value)
+        return buffer.numel() > _SMALL
 
 
 class BufferCopies:
@@ -62,12 +73,14 @@ class BufferCopies:
         for name, buffers, key in buffers_of(self._module):
             copy, buffer = known.get(name), buffers[key]
             if copy is None or not copy.is_of(buffer):
-                copy = BufferCopy(buffer, version_of(buffer), buffer.clone())
+                copy = BufferCopy(None, None, None)
+                if buffer is not None:
+                    copy = BufferCopy(buffer, version_of(buffer), buffer.clone())
             self._last[name] = copy
         return self._last
 
 
-def changed_since(copies: Mapping[str, BufferCopy], module: nn.Module) -> dict[str, Tensor]:
+def changed_since(copies: Mapping[str, BufferCopy], module: nn.Module) -> dict[str, Tensor | None]:
     """Return what buffers were, where they may be something else by now.
 
     Args:
@@ -75,7 +88,7 @@ def changed_since(copies: Mapping[str, BufferCopy], module: nn.Module) -> dict[s
         module: The module.
 
     Returns:
-        The values by name, each ``[*B]``.
+        The values by name, each ``[*B]`` or None.
     """
     present = {name: buffers[key] for name, buffers, key in buffers_of(module)}
     return {
@@ -83,3 +96,20 @@ def changed_since(copies: Mapping[str, BufferCopy], module: nn.Module) -> dict[s
         for name, copy in copies.items()
         if name in present and not copy.is_of(present[name])
     }
+
+
+def put_buffers(module: nn.Module, values: Mapping[str, Tensor | None]) -> None:
+    """Put copies of values in the place of a module's buffers.
+
+    Args:
+        module: The module.
+        values: What :func:`changed_since` returned.
+    """
+    for name, buffers, key in buffers_of(module):
+        if name not in values:
+            continue
+        value = values[name]
+        if isinstance(buffers, dict):
+            buffers[key] = None if value is None else value.clone()
+        elif value is not None:  # those of a scripted module cannot be replaced
+            buffers[key].copy_(value)

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 __all__ = ["Bystander", "MovingBystanders", "standing_at", "untrained_weights"]
 
+_STEPS_TO_DECIDE = 2
+
 
 def untrained_weights(module: nn.Module, trained: Iterable[Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights that no optimizer trains, with their names.
@@ -41,8 +43,9 @@ class Bystander(NamedTuple):
 class MovingBystanders:
     """Tells which weights move though no optimizer trains them, and copies those.
 
-    What moves is known once something has, or an optimizer step has been made; until then all are
-    copied, to the host, where there is room for a model that is frozen for the most part.
+    Of the others the host keeps a copy, where there is room for a model that is frozen for the most
+    part, until two optimizer steps have shown what moves: an average of weights that is a copy of
+    them at first, and is moved before they are, stands still for the first step.
 
     Args:
         module: The module.
@@ -50,11 +53,14 @@ class MovingBystanders:
     """
 
     def __init__(self, module: nn.Module, trained: Iterable[Tensor]) -> None:
-        self._weights = dict(untrained_weights(module, trained))
-        self._versions = self._read_versions()
-        self._moving: set[str] | None = None
+        self._module, self._trained = module, set(trained)
+        self._weights = dict(untrained_weights(module, self._trained))
+        self._marks = self._read_marks()
+        self._moving: set[str] = set()
+        self._first: dict[str, Bystander] = {}
         self._first_step: int | None = None
-        self._first: list[Bystander] = []
+        self._is_decided = False
+        self._undecided: list[list[Bystander]] = []
 
     def copy(self, step: int) -> list[Bystander]:
         """Copy what moves, before a training step that is to be made again.
@@ -63,23 +69,28 @@ class MovingBystanders:
             step: Optimizer steps made so far.
 
         Returns:
-            The copies; of those before the first optimizer step, what does not move goes later.
+            The copies; of those before the second optimizer step, what does not move goes later.
         """
         if self._first_step is None:
+            self._first = {n: Bystander(n, _on_host(w)) for n, w in self._weights.items()}
             self._first_step = step
-            self._first = [Bystander(n, _on_host(w)) for n, w in self._weights.items()]
-        if self._moving is None:
-            moved = self._take_moved()
-            if not moved and step == self._first_step:
-                return self._first
-            self._moving = moved
-            self._first[:] = [first for first in self._first if first.name in moved]
-            self._first = []
-        return [Bystander(n, self._weights[n].detach().clone()) for n in sorted(self._moving)]
+        self._take_in_new()
+        if not self._is_decided:
+            self._moving |= self._take_moved()
+        if not self._is_decided and step >= self._first_step + _STEPS_TO_DECIDE:
+            self._is_decided, self._first = True, {}
+            for copies in self._undecided:
+                copies[:] = [copy for copy in copies if copy.name in self._moving]
+            self._undecided = []
+        copies = [Bystander(n, self._weights[n].detach().clone()) for n in sorted(self._moving)]
+        copies += [first for name, first in self._first.items() if name not in self._moving]
+        if not self._is_decided:
+            self._undecided.append(copies)
+        return copies
 
     def have_set_out(self) -> bool:
         """Tell whether weights have moved that had stood still; from now on they are copied."""
-        if self._moving is None:
+        if not self._is_decided:
             return False
         found = self._take_moved() - self._moving
         self._moving |= found
@@ -91,19 +102,36 @@ class MovingBystanders:
         Args:
             weights: The weights, each ``[*P]``.
         """
-        known = set(weights)
-        self._weights = {name: w for name, w in self._weights.items() if w not in known}
-        if self._moving is not None:
-            self._moving &= self._weights.keys()
+        self._trained |= set(weights)
+        self._weights = dict(untrained_weights(self._module, self._trained))
+        self._moving &= self._weights.keys()
+
+    def _take_in_new(self) -> None:
+        """Take in weights that a step has made since; they may move at once."""
+        present = dict(untrained_weights(self._module, self._trained))
+        self._moving |= present.keys() - self._weights.keys()
+        self._moving &= present.keys()
+        self._weights = present
 
     def _take_moved(self) -> set[str]:
-        """Return the names of the weights that were written to since the last call."""
-        before, self._versions = self._versions, self._read_versions()
-        return {name for name, version in self._versions.items() if version != before[name]}
+        """Return the names of the weights that were written to since the last call.
 
-    def _read_versions(self) -> dict[str, int]:
+        What is written through ``weight.data`` shows in values alone, as long as these are known.
+        """
+        before, self._marks = self._marks, self._read_marks()
+        return {
+            name
+            for name, mark in self._marks.items()
+            if mark != before.get(name, mark) or self._differs_from_first(name)
+        }
+
+    def _differs_from_first(self, name: str) -> bool:
+        first = self._first.get(name)
+        return first is not None and not torch.equal(first.value, self._weights[name].cpu())
+
+    def _read_marks(self) -> dict[str, tuple[int, int]]:
         # Private: how often a tensor was written to shows in no other way without a copy.
-        return {name: weight._version for name, weight in self._weights.items()}
+        return {name: (w._version, w.data_ptr()) for name, w in self._weights.items()}
 
 
 @contextmanager
@@ -115,14 +143,15 @@ def standing_at(bystanders: Sequence[Bystander], module: nn.Module) -> Iterator[
         module: The module.
     """
     weights = dict(module.named_parameters()) if bystanders else {}
-    present = [(weights[name], weights[name].data) for name, _ in bystanders]
+    standing = [(weights[name], value) for name, value in bystanders if name in weights]
+    present = [weight.data for weight, _ in standing]
     try:
-        for (weight, now), (_, value) in zip(present, bystanders, strict=True):
+        for (weight, value), now in zip(standing, present, strict=True):
             # Not in place, which would count as a move; a copy, since the step may move it, too.
             weight.data = torch.empty_like(now).copy_(value)
         yield
     finally:
-        for weight, now in present:
+        for (weight, _), now in zip(standing, present, strict=True):
             weight.data = now
 
 

@@ -11,13 +11,16 @@ from torch import Tensor
 
 __all__ = ["GradientHandOver"]
 
+_LOOK_EVERY = 10
+
 
 class GradientHandOver:
     """Lets backward take gradients that are there already, rather than compute them again.
 
     It stands in for ``LightningModule.backward``, for one backward pass each time. Weights may
     share the memory of the gradients that they are given, without a copy, once a step has shown
-    that nobody writes to them, not even the optimizer, as foreach SGD with Nesterov's momentum.
+    that nobody writes to them, not even the optimizer, as foreach SGD with Nesterov's momentum. In
+    every tenth step they do not, since writing through ``grad.data`` shows in values alone.
     Where someone waits for the gradients of other tensors, backward runs after all, and leaves the
     graph to us.
 
@@ -27,7 +30,8 @@ class GradientHandOver:
 
     def __init__(self, module: LightningModule) -> None:
         self._module = module
-        self._versions: dict[Tensor, int] = {}
+        self._given: dict[Tensor, tuple[Tensor, int]] = {}
+        self._passes = 0
         self._is_shared = False
         self._others: Sequence[Tensor] | None = None
         self._is_written_to: bool | None = None  # in the first step
@@ -49,7 +53,9 @@ class GradientHandOver:
                 are none and nobody else waits for the backward pass either.
         """
         self._others = others
-        may_share = may_share and others is None and self._is_written_to is False
+        self._passes += 1
+        may_share = may_share and others is None and self._passes % _LOOK_EVERY > 0
+        may_share = may_share and self._is_written_to is False
         self._is_shared = may_share and _may_be_shared(pairs)
         self._module.backward = partial(self._backward, pairs)  # type: ignore[method-assign]
 
@@ -76,7 +82,7 @@ class GradientHandOver:
             params, gradients = zip(*given, strict=True)
             torch.autograd.backward(params, gradients)
         # Now: the next who might write to them is another callback.
-        self._versions |= {p: p.grad._version for p, _ in pairs if p.grad is not None}
+        self._given |= {p: (p.grad, p.grad._version) for p, _ in pairs if p.grad is not None}
 
     def end_backward(self) -> None:
         """Give backward back to the module."""
@@ -93,19 +99,19 @@ class GradientHandOver:
             Whether they are the tensors that were given, as they were; None if they are others,
             which may be equal.
         """
-        versions, self._versions = self._versions, {}
+        given, self._given = self._given, {}
         is_written_to = any(
-            param.grad is None or param.grad._version != version
-            for param, version in versions.items()
+            param.grad is not grad or grad._version != version
+            for param, (grad, version) in given.items()
         )
-        if self._is_written_to is None and versions:  # the first step may have had no loss
+        if self._is_written_to is None and given:  # the first step may have had no loss
             self._is_written_to = is_written_to
             self._first_step = [(p.grad, p.grad._version) for p in params if p.grad is not None]
         if not self._is_shared:
             return None
         if is_written_to:
             return False
-        return True if all(param in versions for param in params) else None
+        return True if all(param in given for param in params) else None
 
     def after_update(self) -> None:
         """Look whether the optimizer has written to the gradients of the first step."""

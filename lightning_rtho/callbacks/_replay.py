@@ -14,8 +14,17 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_rtho.callbacks._attributes import PlainAttributes, put_attributes
-from lightning_rtho.callbacks._buffers import BufferCopies, BufferCopy, buffers_of, changed_since
+from lightning_rtho.callbacks._attributes import (
+    PlainAttributes,
+    put_attributes,
+    saved_attributes,
+)
+from lightning_rtho.callbacks._buffers import (
+    BufferCopies,
+    BufferCopy,
+    changed_since,
+    put_buffers,
+)
 from lightning_rtho.callbacks._bystanders import Bystander, standing_at
 from lightning_rtho.callbacks._isolation import isolated
 from lightning_rtho.callbacks._kernels import twice_differentiable_kernels
@@ -162,7 +171,7 @@ class TrainingStepReplay:
             "accumulated": self._accumulated,
             "random_state": self._random_state,
             "progress": [self._progress.global_step, self._progress.epoch],
-            "attributes": [[*name, value] for name, value in self._attributes.items()],
+            "attributes": saved_attributes(self._attributes),
             "buffers": changed_since(self._buffers, self._module),
             "bystanders": [[*bystander] for bystander in self._bystanders],
         }
@@ -173,6 +182,7 @@ class TrainingStepReplay:
         trainer: Trainer,
         module: LightningModule,
         statistics: RunningStatistics,
+        buffers: dict[str, BufferCopy],
         state: dict[str, Any],
     ) -> "TrainingStepReplay":
         """Make the replay of a step of another run.
@@ -181,6 +191,7 @@ class TrainingStepReplay:
             trainer: The trainer.
             module: The module.
             statistics: The running statistics of the module.
+            buffers: Its buffers as they were when `state` was written.
             state: What :meth:`state_dict` returned.
 
         Returns:
@@ -196,8 +207,8 @@ class TrainingStepReplay:
         replay._progress = _Progress(trainer, *state["progress"])
         replay._attributes = {(place, name): value for place, name, value in state["attributes"]}
         device = trainer.strategy.root_device
-        replay._buffers = {
-            name: BufferCopy(None, None, value.to(device))
+        replay._buffers = buffers | {
+            name: BufferCopy(None, None, None if value is None else value.to(device))
             for name, value in state["buffers"].items()
         }
         return replay
@@ -214,9 +225,7 @@ class TrainingStepReplay:
             silenceable_hooks(),
         ):
             write_random_state(self._random_state)
-            for name, holder, key in buffers_of(module):
-                if name in buffers:
-                    holder[key] = buffers[name].clone()
+            put_buffers(module, buffers)
             put_attributes(module, self._attributes)
             self._statistics.start()
             output: Any = trainer.strategy.training_step(*self._args)

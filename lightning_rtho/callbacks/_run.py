@@ -82,10 +82,11 @@ class FollowedRun:
         if self.method.needs_replay:
             _refuse_own_batches(module)
         self.steps = self._skipped_steps = 0
+        self._trained_count = len(self.trained)
         self._recorded = self._is_advancing = False
         self._statistics = RunningStatistics(module)
         self._buffers, self._attributes = BufferCopies(module), PlainAttributes(module)
-        self._bystanders = MovingBystanders(module, self.method.params)
+        self._bystanders = MovingBystanders(module, self.trained)
         self._clip = _clip(trainer)
         self._raw_grads: dict[Tensor, Tensor] = {}
         self._hand_over = GradientHandOver(module)
@@ -174,7 +175,9 @@ class FollowedRun:
         added = [param for param in self.trained if param not in known]
         if added:
             self.method.extend(added)
-            self._bystanders.forget(added)
+        if len(self.trained) > self._trained_count:
+            self._trained_count = len(self.trained)
+            self._bystanders.forget(self.trained)
 
     def _rest_if_weights_were_frozen(self) -> None:
         """Begin anew after this step if it no longer trains weights that depend on the past."""
@@ -449,7 +452,11 @@ class FollowedRun:
             self._optimizers[0].rule_class,
             self._clip,
             partial(
-                TrainingStepReplay.from_state_dict, self._trainer, self._module, self._statistics
+                TrainingStepReplay.from_state_dict,
+                self._trainer,
+                self._module,
+                self._statistics,
+                self._buffers.take(),
             ),
         )
 

@@ -47,7 +47,7 @@ def take_snapshot(
         "params": [param.detach().clone() for param in params],
         "states": [_copy(_state_of(param, optimizers)) for param in params],
         "derivative_buffers": [_copy(b) for b in read_derivative_buffers(params, optimizers)],
-        "buffers": {name: buffers[key].clone() for name, buffers, key in buffers_of(module)},
+        "buffers": _copy({name: buffers[key] for name, buffers, key in buffers_of(module)}),
         "others": {
             name: other.detach().to("cpu", copy=True)
             for name, other in untrained_weights(module, params)

@@ -224,15 +224,13 @@ def _at(params: Sequence[Tensor], step: OptimizerStep) -> OptimizerStep:
 
 def _exchange(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Swap parameters and values, in place."""
-    with torch.no_grad():
-        for param, value in zip(params, values, strict=True):
-            present = param.clone()
-            param.copy_(value)
-            value.copy_(present)
+    for param, value in zip(params, values, strict=True):
+        present = param.detach().clone()
+        param.data.copy_(value)
+        value.copy_(present)
 
 
 def _write(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Write values into the parameters, in place."""
-    with torch.no_grad():
-        for param, value in zip(params, values, strict=True):
-            param.copy_(value)
+    """Write values into the parameters, in place, without counting as someone who moves them."""
+    for param, value in zip(params, values, strict=True):
+        param.data.copy_(value)

@@ -82,7 +82,7 @@ class RunningStatistics:
         ]
         self._patch = ExitStack()
         self._traced = True
-        self._versions: list[int | None] = []
+        self._before: list[tuple[Tensor, int | None]] = []
         self._means: list[Tensor | None] = []
         self._updates: list[StatisticUpdate] = []
         self._moved: set[int] = set()
@@ -104,7 +104,7 @@ class RunningStatistics:
         self.collect()
         if self._norms:
             self._traced, self.reads_past = traced, False
-            self._versions = [version_of(buffer) for buffer in self.buffers]
+            self._before = [(buffer, version_of(buffer)) for buffer in self.buffers]
             self._means = self._running_means()
             # Layers with a `forward` of their own call it, too, each as often as it likes.
             self._patch.enter_context(mock.patch.object(torch, "batch_norm", self._watched))
@@ -116,7 +116,7 @@ class RunningStatistics:
         seen = {update.buffer for update in updates}
         self._moved |= seen
         self.unwatched = self._changed_otherwise(seen)
-        self._versions = []
+        self._before = []
         return updates
 
     def forget(self) -> None:
@@ -124,11 +124,12 @@ class RunningStatistics:
         self._moved = set()
 
     def _changed_otherwise(self, seen: Collection[int]) -> nn.Module | None:
-        """Find a layer that averages by itself: its buffers were written to, but not seen to be."""
-        for i, (buffer, version) in enumerate(zip(self.buffers, self._versions, strict=False)):
+        """Find a layer that averages by itself: its buffers changed, but were not seen to."""
+        for i, (buffer, before) in enumerate(zip(self.buffers, self._before, strict=False)):
             norm = self._norms[i // 2]
             is_own = type(norm).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-            if is_own and i not in seen and version != version_of(buffer):
+            is_same = buffer is before[0] and version_of(buffer) == before[1]
+            if is_own and i not in seen and not is_same:
                 return norm
         return None
 

@@ -1,5 +1,6 @@
 """A run resumed from a checkpoint goes on bitwise as if it had not been interrupted."""
 
+import enum
 import itertools
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
@@ -185,6 +187,38 @@ def test_velocity_that_torch_does_not_keep_is_in_a_checkpoint(moves, step, tmp_p
         callback = RTHO(hyper_batch_size=3, **settings)
         trained = run(callback, tmp_path, module=module, ckpt_path=ckpt_path)
         found.append(final(*trained, callback))
+    whole, resumed = found
+    assert whole.keys() == resumed.keys()
+    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+
+
+class Mode(enum.StrEnum):
+    FAST = "fast"
+
+
+class Annealed(SmallNet):
+    """Its hook moves a buffer and a number of numpy's; it holds a string of a class of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(optim.Adam, lr=Hyperparameter(0.01, Positive()))
+        self.register_buffer("beta", torch.zeros(()))
+        self.mode, self.scale = Mode.FAST, np.sqrt(2.0)
+
+    def on_train_epoch_start(self):
+        self.beta += 0.1
+        self.scale = np.sqrt(2.0 + self.current_epoch)
+
+    def training_step(self, batch, batch_idx):
+        return (self.scale + self.beta) * super().training_step(batch, batch_idx)
+
+
+def test_a_window_is_resumed_with_what_its_steps_depended_on(tmp_path):
+    found = []
+    for ckpt_path in (None, tmp_path / "step=4.ckpt"):  # of an epoch that ends within the window
+        callback = TRHO(hyper_batch_size=6)
+        trained = run(callback, tmp_path, module=Annealed(), ckpt_path=ckpt_path)
+        found.append(final(*trained, callback))
+        torch.load(tmp_path / "step=4.ckpt", weights_only=True)  # as Lightning reads it
     whole, resumed = found
     assert whole.keys() == resumed.keys()
     assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []

@@ -252,6 +252,19 @@ class ScaledLater(SmallNet):
             next(iter(self.parameters())).grad.mul_(0.5)
 
 
+class ReplacedLater(SmallNet):
+    def on_before_optimizer_step(self, optimizer):
+        if self.global_step == 2:
+            param = next(iter(self.parameters()))
+            param.grad = param.grad.mul(0.5)
+
+
+class ScaledUncounted(SmallNet):
+    def on_before_optimizer_step(self, optimizer):
+        if self.global_step > 2:
+            next(iter(self.parameters())).grad.data.mul_(0.5)
+
+
 class OwnClipping(SmallNet):
     def configure_gradient_clipping(self, optimizer, **kwargs):
         for param in self.parameters():
@@ -274,6 +287,8 @@ class Unrepeatable(SmallNet):
     [
         (ScaledGradient, {}),
         (ScaledLater, {"steps": 4}),
+        (ReplacedLater, {"steps": 4}),
+        (ScaledUncounted, {"steps": 12}),
         (ScaledBeforeStep, {}),
         (ScaledBeforeStep, {"gradient_clip_val": 0.1}),
         (OwnClipping, {}),

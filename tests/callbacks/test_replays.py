@@ -1,5 +1,6 @@
 """What a training step depends on, beside its batch, when `TRHO` makes it again."""
 
+import copy
 from functools import wraps
 
 import lightning as L
@@ -7,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import BatchSizeFinder
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_rtho import (
@@ -62,6 +64,30 @@ class Counting(SmallNet):
     def training_step(self, batch, batch_idx):
         x, y = batch
         return F.mse_loss(self.net(x), y) * (self.constant + self.beta)
+
+
+class Unnoticed(Counting):
+    """The same, written in a way that torch does not count."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.beta.data.add_(0.1)
+
+
+class Remembering(SmallNet):
+    """A buffer that is not there at the beginning of each epoch."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.register_buffer("last", None)
+
+    def on_train_epoch_start(self):
+        self.last = None
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        shift = 0 if self.last is None else self.last.mean()
+        self.last = y + 0.1 * batch_idx
+        return F.mse_loss(self.net(x), y + 0.3 * shift)
 
 
 class Mixing(L.Callback):
@@ -126,6 +152,8 @@ CASES = {
     "attributes": (Annealed, ()),
     "random numbers": (Drawing, ()),
     "buffers": (Counting, ()),
+    "buffers written through data": (Unnoticed, ()),
+    "buffers that come and go": (Remembering, ()),
     "batch": (Named, (Mixing,)),
 }
 
@@ -144,6 +172,64 @@ def test_what_hooks_change_is_what_it_was(case):
     # Differences err by 1e-10 of the loss; see `finite_difference`.
     expected = finite_difference(0.1, loss_at)
     assert callback.hypergradients["lr"].item() == pytest.approx(expected, rel=1e-6)
+
+
+class Taught(SmallNet):
+    """Makes in its first step a network that has a part in its loss."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.teacher = None
+
+    def training_step(self, batch, batch_idx):
+        x, _ = batch
+        if self.teacher is None:
+            self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+        loss = super().training_step(batch, batch_idx) + F.mse_loss(self.net(x), self.teacher(x))
+        with torch.no_grad():
+            for old, new in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+                old.lerp_(new, 0.3)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net.parameters(), **self.settings)
+
+
+def test_a_network_that_a_step_makes_is_made_once():
+    plain, observed = Taught(lr=0.1), Taught(lr=0.1)
+    fit(plain, steps=4)
+    fit(observed, TRHO(["lr"], hyper_batch_size=2, outer_optimizer=None), steps=4)
+    assert all(map(torch.equal, plain.parameters(), observed.parameters()))
+
+
+class Scripted(SmallNet):
+    """A layer that torch has compiled counts its calls in a buffer."""
+
+    class Counter(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return x * (1 + 0.1 * self.calls)
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.counter = torch.jit.script(self.Counter())
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step([self.counter(batch[0]), batch[1]], batch_idx)
+
+
+def test_buffers_of_scripted_layers_are_put_back():
+    plain, observed = Scripted(lr=0.1), Scripted(lr=0.1)
+    fit(plain, steps=4)
+    callback = TRHO(["lr"], hyper_batch_size=2, outer_optimizer=None)
+    fit(observed, callback, steps=4)
+    assert len(callback.schedule) == 2
+    assert plain.counter.calls.item() == observed.counter.calls.item() == 4
+    assert all(map(torch.equal, plain.parameters(), observed.parameters()))
 
 
 def test_a_step_that_a_hook_skips_is_none():

@@ -419,9 +419,9 @@ def test_an_evaluated_run_that_has_ended_is_not_that_of_the_next_fit(tmp_path):
 class MeanTeacher(SmallNet):
     """A second network follows the first, and has a part in its loss."""
 
-    def __init__(self, moves_in: str, **settings: Any) -> None:
+    def __init__(self, moves_in: str, moves_by: str = "lerp_", **settings: Any) -> None:
         super().__init__(**settings)
-        self.moves_in = moves_in
+        self.moves_in, self.moves_by = moves_in, moves_by
         self.frozen = nn.Linear(FEATURES, 1).requires_grad_(False)
         self.teacher = copy.deepcopy(self.net).requires_grad_(False)
         nn.init.ones_(self.teacher[0].weight)
@@ -429,7 +429,12 @@ class MeanTeacher(SmallNet):
     def _teach(self) -> None:
         with torch.no_grad():
             for old, new in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
-                old.lerp_(new, 0.3)
+                if self.moves_by == "lerp_":
+                    old.lerp_(new, 0.3)
+                elif self.moves_by == "data":
+                    old.data.lerp_(new.data, 0.3)
+                else:
+                    old.data = old.data.lerp(new.data, 0.3)
 
     def training_step(self, batch, batch_idx):
         taught = self.teacher(batch[0]) + self.frozen(batch[0])
@@ -445,12 +450,25 @@ class MeanTeacher(SmallNet):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("moves_in", ["step", "end", "late"])
-def test_a_mean_teacher_stands_where_it_stood_while_steps_are_made_again(moves_in, accumulate):
+@pytest.mark.parametrize(
+    ("moves_in", "moves_by"),
+    [
+        ("step", "lerp_"),
+        ("end", "lerp_"),
+        ("late", "lerp_"),
+        ("step", "data"),
+        ("end", "data"),
+        ("step", "assigned"),
+        ("end", "assigned"),
+    ],
+)
+def test_a_mean_teacher_stands_where_it_stood_while_steps_are_made_again(
+    moves_in, moves_by, accumulate
+):
     found, weights = [], []
     for tape in (None, Recompute(), KeepGraph()):
         callback = TRHO(["lr"], hyper_batch_size=3, outer_optimizer=None, tape=tape or Recompute())
-        module = MeanTeacher(moves_in, lr=0.05)
+        module = MeanTeacher(moves_in, moves_by, lr=0.05)
         callbacks = [] if tape is None else [callback]
         fit(module, *callbacks, steps=12, accumulate_grad_batches=accumulate)
         weights.append([*module.parameters()])
@@ -463,3 +481,24 @@ def test_a_mean_teacher_stands_where_it_stood_while_steps_are_made_again(moves_i
     for recomputed, kept in compared:
         torch.testing.assert_close(recomputed, kept, rtol=1e-10, atol=0)  # rounding
     assert len(compared) == 4 - skipped
+
+
+@pytest.mark.parametrize("observe", [TRHO, lambda *a, **kw: RTHO(*a, **kw, curvature_fraction=0.5)])
+def test_a_teacher_that_takes_gradients_but_gets_none_moves_once_a_step(observe):
+    class Careless(MeanTeacher):
+        def __init__(self, **settings: Any) -> None:
+            super().__init__("step", **settings)
+            self.teacher.requires_grad_()
+
+        def training_step(self, batch, batch_idx):
+            with torch.no_grad():
+                taught = self.teacher(batch[0])
+            self._teach()
+            return nn.functional.mse_loss(self.net(batch[0]), taught)
+
+    callback = observe(["lr"], hyper_batch_size=2, outer_optimizer=None)
+    plain, observed = Careless(lr=0.05), Careless(lr=0.05)
+    fit(plain, steps=6)
+    fit(observed, callback, steps=6)
+    assert all(map(torch.equal, plain.parameters(), observed.parameters()))
+    assert len(callback.schedule) == 3

@@ -214,17 +214,22 @@ def test_a_layer_with_a_forward_of_its_own_is_followed_by_the_kernel_that_it_cal
     torch.testing.assert_close(found, evaluated, rtol=1e-13, atol=1e-14)
 
 
-def test_a_layer_that_averages_by_itself_is_found_out():
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_layer_that_averages_by_itself_is_found_out(in_place):
     class OwnAverage(nn.BatchNorm1d):
         def forward(self, x):
             with torch.no_grad():
-                self.running_mean.lerp_(x.mean(0), 0.1)
+                average = self.running_mean.lerp(x.mean(0), 0.1)
+                if in_place:
+                    self.running_mean.copy_(average)
+                else:
+                    self.running_mean = average
             return x - self.running_mean
 
-    model = nn.Sequential(nn.BatchNorm1d(2), OwnAverage(2))
+    model = nn.Sequential(nn.BatchNorm1d(2), OwnAverage(2)).float()  # tensors that nobody has written to
     statistics = RunningStatistics(model)
     statistics.start()
-    model(torch.randn(4, 2))
+    model(torch.randn(4, 2, dtype=torch.float32))
     statistics.collect()
     assert statistics.unwatched is model[1]
     statistics.collect()
