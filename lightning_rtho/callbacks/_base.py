@@ -34,6 +34,7 @@ from lightning_rtho.callbacks._random import read_random_state, write_random_sta
 from lightning_rtho.callbacks._run import FollowedRun, schedulers_of
 from lightning_rtho.callbacks._safeguard import Safeguard
 from lightning_rtho.callbacks._selection import Selection, select_hyperparameters
+from lightning_rtho.callbacks._signals import signals_deferred
 from lightning_rtho.callbacks._summary import Plan, summary_of
 from lightning_rtho.hypergradient import AbstractHypergradient
 from lightning_rtho.hyperparameters import Hyperparameter
@@ -208,7 +209,8 @@ class HypergradientCallback(Callback):
         if self._resumed is not None:
             self._take_back_run(self._loop, self._resumed)
         self._resumed = None
-        self._loop.try_objective()
+        with signals_deferred():
+            self._loop.try_objective()
         if self.summary:
             self._print_summary(trainer, pl_module)
         self._bar = ReadableBar(trainer.progress_bar_callback, prefix="hyperparameter/")
@@ -279,7 +281,8 @@ class HypergradientCallback(Callback):
             started = trainer.global_step >= self.start_step
             stopped = self.stop_step is not None and trainer.global_step >= self.stop_step
             if started and not stopped:
-                self._loop.begin()
+                with signals_deferred():
+                    self._loop.begin()
             self._loop.run.before_batch(batch_idx, follow=started and not stopped)
 
     @override
@@ -330,11 +333,12 @@ class HypergradientCallback(Callback):
             return
         self._loop.run.after_batch()
         known = self._loop.nonfinite_steps
-        outcome = self._loop.after_batch(trainer.global_step)
+        with signals_deferred():
+            outcome = self._loop.after_batch(trainer.global_step)
+            if outcome is not None:
+                self._write_down(trainer, pl_module, self._loop, outcome)
         if self._loop.nonfinite_steps > known:
             log_metrics(trainer, {"nonfinite_steps": self._loop.nonfinite_steps})
-        if outcome is not None:
-            self._write_down(trainer, pl_module, self._loop, outcome)
         if self._loop.is_climbing:
             let_wait(trainer)
         if outcome is not None or batch_idx == 0:  # Lightning forgets metrics when an epoch begins

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from lightning_rtho._numerics import sent_to
@@ -275,3 +276,5 @@ class Hyperparameter(Number):
 # `weights_only=True`.
 _SAVED: list[Any] = [Hyperparameter, Number, Interval, NonNegative, Positive, Real]
 torch.serialization.add_safe_globals(_SAVED)
+# Loggers write a module's `hparams` for people to read, and for whoever reads them without us.
+yaml.add_representer(Hyperparameter, lambda dumper, hyper: dumper.represent_data(hyper.tolist()))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, optim
@@ -291,3 +292,18 @@ def test_a_metric_of_the_user_is_not_overwritten(make):
     trainer = fit(Clinical(lr=0.1), callback, steps=6, check_val_every_n_epoch=1)
     assert trainer.callback_metrics["sensitivity"].item() == pytest.approx(0.9)
     assert ("safeguard/sensitivity" in trainer.callback_metrics) == (make is RTHO)
+
+
+@pytest.mark.parametrize("make_logger", [CSVLogger, TensorBoardLogger])
+def test_hyperparameters_stand_as_numbers_in_the_file_of_a_modules_arguments(make_logger, tmp_path):
+    class Saving(SmallNet):
+        def __init__(self, l2: Any, rates: Any) -> None:
+            super().__init__(l2=l2, lr=0.1)
+            self.save_hyperparameters()
+
+    rates = Hyperparameter([0.25, 0.5], Positive())
+    logger = make_logger(tmp_path)
+    callback = RTHO(["l2"], hyper_batch_size=2)
+    fit(Saving(Hyperparameter(0.02, Positive()), rates), callback, steps=2, logger=logger)
+    written = yaml.safe_load((Path(logger.log_dir) / "hparams.yaml").read_text())
+    assert written == {"l2": 0.02, "rates": [0.25, 0.5]}

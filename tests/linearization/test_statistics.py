@@ -226,7 +226,8 @@ def test_a_layer_that_averages_by_itself_is_found_out(in_place):
                     self.running_mean = average
             return x - self.running_mean
 
-    model = nn.Sequential(nn.BatchNorm1d(2), OwnAverage(2)).float()  # tensors that nobody has written to
+    # Their dtype is not the default: tensors that nobody has written to.
+    model = nn.Sequential(nn.BatchNorm1d(2), OwnAverage(2)).float()
     statistics = RunningStatistics(model)
     statistics.start()
     model(torch.randn(4, 2, dtype=torch.float32))
