@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -41,20 +42,92 @@ def step_jvp(
     References:
         Franceschi et al. (2017), Forward-HG: Z_t = A_t Z_{t-1} + B_t.
     """
-    hyper_dot = dense(hyper_dot, transition.hyper, len(grad_dot))
-    return push(
-        transition.rule,
-        transition.state,
-        transition.grad,
-        transition.hyper,
-        state_dot,
-        grad_dot,
-        hyper_dot,
+    if transition.grad.dim() == 0:  # shaped as settings and counts are
+        return push(
+            transition.rule,
+            transition.state,
+            transition.grad,
+            transition.hyper,
+            state_dot,
+            grad_dot,
+            dense(hyper_dot, transition.hyper, len(grad_dot)),
+        )
+    arrays, counts = _split(transition.state, state_dot)
+    grad, tuned = transition.grad.detach().requires_grad_(), _leaves(transition.hyper, hyper_dot)
+    with torch.enable_grad():
+        new_state = transition.rule(
+            {**transition.state, **arrays, **counts}, grad, {**transition.hyper, **tuned}
+        )
+    state_dots = {name: state_dot[name] for name in (*arrays, *counts)}
+    along_entries = [(arrays[name], state_dots[name]) for name in arrays] + [(grad, grad_dot)]
+    along_scalars = [(counts[name], state_dots[name]) for name in counts]
+    along_scalars += [(tuned[name], hyper_dot[name]) for name in tuned]
+    return {
+        name: _push_to(value, along_entries, along_scalars, len(grad_dot))
+        for name, value in new_state.items()
+    }
+
+
+def _push_to(
+    value: Tensor,
+    along_entries: Sequence[tuple[Tensor, Tensor]],
+    along_scalars: Sequence[tuple[Tensor, Tensor]],
+    m: int,
+) -> Tensor:
+    """Push tangents to a tensor of the new state, all at once.
+
+    Phi is elementwise, so that the Jacobians by what is shaped as the parameter are diagonals,
+    which one backward pass gives. With weights u of the entries of the value it gives <u, ds/dh>
+    for each scalar h, the derivative of which by u is ds/dh.
+
+    Args:
+        value: The tensor ``[*P]`` or ``[]``, with its graph.
+        along_entries: Leaves ``[*P]`` and their tangents ``[m, *P]``.
+        along_scalars: Leaves ``[]`` and their tangents ``[m]``.
+        m: Number of tangents.
+
+    Returns:
+        Its tangent ``[m, ...]``.
+    """
+    if not value.requires_grad:
+        return value.new_zeros(m, *value.shape)
+    leaves, dots = zip(*along_entries, *along_scalars, strict=True)
+    weights = torch.ones_like(value).requires_grad_(bool(along_scalars))
+    slopes = torch.autograd.grad(
+        value,
+        leaves,
+        weights,
+        retain_graph=True,
+        create_graph=bool(along_scalars),
+        allow_unused=True,
     )
+    total: Tensor | None = None
+    for slope, dot in zip(slopes, dots, strict=True):
+        if slope is None:
+            continue
+        if slope.dim() < value.dim():
+            (slope,) = torch.autograd.grad(slope, weights, retain_graph=True)
+        column = dot if dot.dim() > 1 else dot.to(slope).reshape(-1, *[1] * value.dim())
+        part = column * slope.detach()
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total.to(value.dtype) if value.dim() > 0 else total
+
+
+def _split(state: State, state_dot: StateTangent) -> tuple[State, State]:
+    """Return leaves of what is shaped as the parameter, and of counts and the like that depend."""
+    arrays = {name: x for name, x in state.items() if x.dim() > 0}
+    counts = {name: x for name, x in state.items() if x.dim() == 0 and _may_depend(state_dot[name])}
+    return _leaves(arrays), _leaves(counts)
+
+
+def _may_depend(tangent: Tensor) -> bool:
+    """Tell whether a tangent may be other than zero; of one on a device without asking it."""
+    return tangent.device.type != "cpu" or bool(tangent.any())
 
 
 def dense(hyper_dot: Hypers, hyper: Hypers, entries: int) -> Hypers:
-    """Give every setting a tangent: torch pushes absent ones through slow decompositions.
+    """Give every setting a tangent: torch.func pushes absent ones through slow decompositions.
 
     Args:
         hyper_dot: Tangents of the tuned settings, each ``[m]``.
@@ -120,7 +193,7 @@ def step_vjp(
     """
     # Plain autograd: on small tensors it takes half the time of torch.func's vjp.
     state, grad = _leaves(transition.state), transition.grad.detach().requires_grad_()
-    tuned = _leaves({name: transition.hyper[name] for name in transition.columns})
+    tuned = _leaves(transition.hyper, transition.columns)
     with torch.enable_grad():
         new_state = transition.rule(state, grad, {**transition.hyper, **tuned})
     # The count of a first step depends on nothing.
@@ -139,5 +212,6 @@ def step_vjp(
     return state_bar, next(cotangents), {name: next(cotangents) for name in tuned}
 
 
-def _leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+def _leaves(tensors: dict[str, Tensor], names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    wanted = tensors if names is None else names
+    return {name: tensors[name].detach().requires_grad_() for name in wanted}
