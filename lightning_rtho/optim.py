@@ -90,6 +90,7 @@ class DifferentiableOptimizer(Optimizer):
         self.after_update: Callable[[], None] | None = None
         self._sites: list[_Site] = []
         self._written: list[float] = []
+        self._found: list[float] = []
         self._known_groups = 0
         self._derivative_buffers: dict[Tensor, State] = {}
         self._take_in_groups()
@@ -114,6 +115,7 @@ class DifferentiableOptimizer(Optimizer):
         self._sites += found
         self._check_schedule()
         self._written += [site.hyperparameter.item() for site in found]
+        self._found += [self._standing(site) for site in found]
 
     def _is_tuned(self, hyperparameter: Hyperparameter) -> bool:
         return self._tuned is None or any(hyperparameter is one for one in self._tuned)
@@ -166,6 +168,36 @@ class DifferentiableOptimizer(Optimizer):
                     value.element_size() * (param.numel() if value.dim() else 1) for value in kept
                 )
         return size
+
+    def adopt_settings(self) -> None:
+        """Take over settings that have been changed since, as by a checkpoint that was loaded.
+
+        Under a schedule a rate moves as its base has. What lies outside of the domain, or differs
+        between the places of one hyperparameter, is not taken over.
+        """
+        for hyper in self.hyperparameters:
+            places = [i for i, site in enumerate(self._sites) if site.hyperparameter is hyper]
+            values = {self._changed_value(i) for i in places}
+            value = torch.as_tensor(min(values), dtype=hyper.dtype).reshape(hyper.shape)
+            if len(values) == 1 and value != hyper.plain and bool(hyper.domain.contains(value)):
+                hyper.assign(value)
+                for i in places:
+                    self._written[i] = hyper.item()
+
+    def _changed_value(self, place: int) -> float:
+        """Return what a hyperparameter is now by the number that stands in one of its places."""
+        before, now = self._found[place], self._standing(self._sites[place])
+        if now == before:
+            return self._written[place]
+        is_scheduled = self._sites[place].setting == "lr" and self._schedulers
+        return self._written[place] * now / before if is_scheduled and before else now
+
+    def _standing(self, site: _Site) -> float:
+        """Return the number that stands in a place; of a schedule its base."""
+        group = self.param_groups[site.group]
+        present = get_setting(group, site.setting)
+        is_scheduled = site.setting == "lr" and self._schedulers
+        return float(group.get("initial_lr", present) if is_scheduled else present)
 
     def write_hyperparameters(self) -> None:
         """Write the present value of every hyperparameter to where it acts in the groups.
@@ -398,7 +430,8 @@ class DifferentiableOptimizer(Optimizer):
     def __reduce__(self) -> Any:
         """Copy and pickle the wrapped optimizer, and what stands in its groups."""
         kept = (
-            "_schedulers", "_tuned", "_sites", "_written", "_known_groups", "_derivative_buffers",
+            "_schedulers", "_tuned", "_sites", "_written", "_found", "_known_groups",
+            "_derivative_buffers",
         )  # fmt: skip
         state = {name: self.__dict__[name] for name in kept}
         return DifferentiableOptimizer, (self.optimizer,), state

@@ -200,6 +200,8 @@ class HypergradientCallback(Callback):
         """Begin to follow the run; evaluate the outer objective once, so that errors come now."""
         optimizers = _differentiable(trainer)
         for optimizer in optimizers:
+            if self._resumed is None:  # a checkpoint of a run without us may have set others
+                optimizer.adopt_settings()
             optimizer.write_hyperparameters()
         self.schedule = Schedule(
             start=self.hyperparameters,
@@ -291,9 +293,11 @@ class HypergradientCallback(Callback):
     ) -> None:
         """Begin a new gradient; a step that was prepared and not made has been skipped."""
         if self._loop is not None and self._loop.run.begin_step() == 1:
+            has_scaler = getattr(trainer.precision_plugin, "scaler", None) is not None
+            why = ", since its scaled gradient overflowed" if has_scaler else ""
             rank_zero_warn(
-                f"{type(self).__name__}: step {trainer.global_step} was skipped, since its scaled "
-                "gradient overflowed. Hypergradients skip it too; this is said once."
+                f"{type(self).__name__}: step {trainer.global_step} was skipped{why}. "
+                "Hypergradients skip it too; this is said once."
             )
 
     @override
@@ -438,8 +442,12 @@ class HypergradientCallback(Callback):
             self._tuned = {name: tuned[name] for name in saved}
 
     def _take_back_random_state(self, trainer: Trainer, state: dict[str, Any]) -> None:
-        """Go on with the random numbers; a checkpoint holds those of one process."""
-        if "run" in state and trainer.world_size == 1:
+        """Go on with the random numbers; a checkpoint holds those of one process.
+
+        Lightning does not, so one who only observes does not either.
+        """
+        moves = self._outer_optimizer is not None
+        if moves and "run" in state and trainer.world_size == 1:
             self._random_state = state["run"]["random"]
             write_random_state(self._random_state)
 
@@ -461,7 +469,8 @@ class HypergradientCallback(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave nothing behind but what a checkpoint of the end needs."""
-        if self._loop is not None and not self.schedule:
+        is_dry = bool(getattr(trainer, "fast_dev_run", False))
+        if self._loop is not None and not self.schedule and not is_dry:
             rank_zero_warn(
                 f"{type(self).__name__} made no update in {self._loop.run.steps} followed steps. "
                 f"Lower `hyper_batch_size`, which is {self.hyper_batch_size}."

@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_rtho.callbacks._isolation import isolated
 from lightning_rtho.callbacks._kernels import native_recurrent_kernels
 from lightning_rtho.callbacks._metric import MetricObjective
+from lightning_rtho.callbacks._replay import loss_scale
 from lightning_rtho.hypergradient import OuterGradient
 from lightning_rtho.linearization import RunningStatistics, silenceable_hooks
 from lightning_rtho.outer import CyclingBatches, outer_gradient
@@ -138,7 +139,9 @@ class ValidationObjective:
                 if not again:
                     self._seen = [next(self._stream) for _ in range(self._batches)]
                 with self._statistics.differentiable() as statistics:
-                    outer = outer_gradient(self._losses(), params, hypers, statistics)
+                    scale = loss_scale(self._trainer)
+                    losses = self._losses()
+                    outer = outer_gradient(losses, params, hypers, statistics, scale)
             except ValueError as error:
                 raise MisconfigurationException(str(error)) from error
             if peek:

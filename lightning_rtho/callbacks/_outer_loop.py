@@ -88,8 +88,9 @@ class OuterLoop:
         except Exception as error:
             error.add_note(
                 "This was raised where the outer objective was tried before training. Steps for it "
-                "run without the hooks of Lightning's validation: make in `__init__` what they "
-                "need, or define `outer_step(batch, batch_idx)`."
+                "run with gradients, and without the hooks of Lightning's validation: detach what "
+                "is taken out as a number, make in `__init__` what they need, or define "
+                "`outer_step(batch, batch_idx)`."
             )
             raise
         weights = zip(self.run.method.params, outer.params, strict=True)

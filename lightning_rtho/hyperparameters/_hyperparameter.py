@@ -39,6 +39,8 @@ class Number(Tensor):
                 return func(*args, **kwargs)
             leaves = list(_tensors((args, kwargs)))
             others = [leaf for leaf in leaves if not _is_number(leaf)]
+            if len({leaf.device for leaf in others}) > 1:
+                args, kwargs = _brought_together(args, kwargs, others)
             if others and len(others) < len(leaves):
                 return _call_with_numbers(func, args, kwargs, others)
             result = func(*args, **kwargs)
@@ -88,14 +90,34 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
         yield from _tensors(list(tree.values()))
 
 
+def _brought_together(
+    args: tuple[Any, ...], kwargs: dict[str, Any], leaves: Sequence[Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Send hyperparameters with a shape to the one device where the others are, as numbers go."""
+    devices = {leaf.device for leaf in leaves if not isinstance(leaf, Number)}
+    if len(devices) != 1:
+        return args, kwargs
+    (device,) = devices
+
+    def send(leaf: Tensor) -> Tensor:
+        return leaf.as_subclass(Tensor).to(device) if leaf.dim() > 0 else leaf
+
+    return _map_hyperparameters(args, send), _map_hyperparameters(kwargs, send)
+
+
 def _map_numbers(tree: Any, function: Callable[[Tensor], Any]) -> Any:
     """Replace the scalar hyperparameters in nested tuples, lists and dicts."""
+    return _map_hyperparameters(tree, lambda leaf: function(leaf) if leaf.dim() == 0 else leaf)
+
+
+def _map_hyperparameters(tree: Any, function: Callable[[Tensor], Any]) -> Any:
+    """Replace the hyperparameters in nested tuples, lists and dicts."""
     if isinstance(tree, (tuple, list)):
-        items = [_map_numbers(item, function) for item in tree]
+        items = [_map_hyperparameters(item, function) for item in tree]
         return items if isinstance(tree, list) else tuple(items)
     if isinstance(tree, dict):
-        return {key: _map_numbers(item, function) for key, item in tree.items()}
-    return function(tree) if _is_number(tree) else tree
+        return {key: _map_hyperparameters(item, function) for key, item in tree.items()}
+    return function(tree) if isinstance(tree, Number) else tree
 
 
 def _is_number(value: Any) -> bool:

@@ -136,10 +136,15 @@ def _own_loader(
     """Make a loader over the same data, shuffled by `generator` where the order is free."""
     if not isinstance(source, DataLoader) or isinstance(source.dataset, IterableDataset):
         return source
+    # A class of the user's may do more to a batch than it was told to. Private, but overridden.
+    kind = type(source)
+    if (kind.__iter__, kind._get_iterator) != (DataLoader.__iter__, DataLoader._get_iterator):
+        return source
     order: dict[str, Any]
     if (
         source.batch_size is None
         or not isinstance(source.sampler, (SequentialSampler, RandomSampler))
+        or source.sampler.data_source is not source.dataset
         or len(source.sampler) == 0  # `RandomSampler` refuses an empty dataset in its own words
     ):
         order = (

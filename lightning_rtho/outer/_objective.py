@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lightning_rtho._numerics import are_finite
 from lightning_rtho.distributed import mean_over_ranks
 from lightning_rtho.hypergradient import OuterGradient
 from lightning_rtho.linearization import unheard, value_dependence
@@ -17,6 +18,7 @@ def outer_gradient(
     params: Sequence[Tensor],
     hypers: Sequence[Tensor],
     statistics: Sequence[Tensor] = (),
+    scale: float = 1.0,
 ) -> OuterGradient:
     """Evaluate the mean of validation losses and its derivatives by weights and hyperparameters.
 
@@ -27,6 +29,8 @@ def outer_gradient(
         params: Weights, each ``[*P]``.
         hypers: Hyperparameters, natural values, each ``[*H]``.
         statistics: Running statistics on which the losses depend differentiably, each ``[*B]``.
+        scale: What the losses are multiplied by meanwhile, so that small float16 gradients do not
+            vanish; 1 where gradients would overflow.
 
     Returns:
         Value and derivatives.
@@ -52,7 +56,7 @@ def outer_gradient(
                 "loss itself, not a detached value or a metric computed from class decisions."
             )
         with value_dependence(), unheard():
-            grads = torch.autograd.grad(loss, [inputs[i] for i in wanted], allow_unused=True)
+            grads = _scaled_gradients(loss, [inputs[i] for i in wanted], scale)
         for i, gradient in zip(wanted, grads, strict=True):
             if gradient is not None:
                 part = gradient.to_dense()  # embeddings' are sparse
@@ -69,3 +73,15 @@ def outer_gradient(
         totals[len(params) : first_statistic],
         totals[first_statistic:],
     )
+
+
+def _scaled_gradients(
+    loss: Tensor, inputs: Sequence[Tensor], scale: float
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of a loss, computed of a multiple of it if that can be."""
+    if scale != 1:
+        found = torch.autograd.grad(scale * loss, inputs, allow_unused=True, retain_graph=True)
+        if bool(are_finite([gradient for gradient in found if gradient is not None])):
+            return tuple(None if gradient is None else gradient / scale for gradient in found)
+    gradients: tuple[Tensor | None, ...] = torch.autograd.grad(loss, inputs, allow_unused=True)
+    return gradients

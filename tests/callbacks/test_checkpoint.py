@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -502,6 +503,34 @@ def test_checkpoint_of_a_run_without_the_callback_resumes_with_it(tmp_path):
     callback = RTHO(hyper_batch_size=3)
     run(callback, tmp_path / "rest", ckpt_path=tmp_path / "step=7.ckpt")
     assert [update.step for update in callback.schedule] == [10, 13]
+
+
+class Scheduled(SmallNet):
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        return [optimizer], [optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
+
+
+@pytest.mark.parametrize("module_class", [SmallNet, Scheduled])
+def test_settings_of_a_checkpoint_without_the_callback_are_taken_over(module_class, tmp_path):
+    run(None, tmp_path, module=module_class(optim.SGD, lr=0.1, momentum=0.5))
+    found = []
+    for callback in (None, RTHO(["lr"], hyper_batch_size=3, outer_optimizer=None)):
+        module = module_class(optim.SGD, lr=0.03, momentum=0.5)
+        path = tmp_path / f"{callback is None}"
+        found.append(run(callback, path, module=module, ckpt_path=tmp_path / "step=7.ckpt")[0])
+    plain, observed = found
+    assert all(map(torch.equal, plain.parameters(), observed.parameters()))
+    assert callback.schedule.start["lr"].item() == pytest.approx(0.1, rel=1e-12)
+
+
+def test_a_run_that_is_resumed_draws_the_same_numbers_when_it_is_observed(tmp_path):
+    observer = partial(RTHO, hyper_batch_size=3, outer_optimizer=None)
+    run(observer(), tmp_path)
+    ckpt_path = tmp_path / "step=7.ckpt"
+    plain = run(None, tmp_path / "plain", ckpt_path=ckpt_path, seed=5)[0]
+    observed = run(observer(), tmp_path / "observed", ckpt_path=ckpt_path, seed=5)[0]
+    assert all(map(torch.equal, plain.parameters(), observed.parameters()))
 
 
 def test_checkpoint_of_other_hyperparameters_is_refused(tmp_path):

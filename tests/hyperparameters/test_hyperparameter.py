@@ -551,3 +551,13 @@ def test_value_written_in_place_acts_at_once_everywhere() -> None:
     optimizer.step()
     assert weight.tolist() == [0.75, 0.75]
     assert (h * torch.ones(1)).item() == 0.25
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_tensor_with_shape_goes_where_the_others_are(live: bool) -> None:
+    weights = Hyperparameter([1.0, 2.0], Real()).requires_grad_(live)
+    losses = torch.ones(2, device="meta")  # a device that every machine has
+    for result in (weights * losses, losses @ weights, torch.stack([weights, losses])):
+        assert result.device.type == "meta"
+        assert result.requires_grad == live
+    assert weights.device.type == "cpu"

@@ -23,7 +23,8 @@ DATA = list(range(10))
 class Untouchable(DataLoader):
     """A loader of the user that must not be iterated."""
 
-    def __iter__(self):
+    @property
+    def _index_sampler(self):  # which every iterator asks a loader for
         raise AssertionError("the user's loader was iterated")
 
 
@@ -133,6 +134,26 @@ def test_a_generator_that_training_draws_from_too_is_left_as_it_was(kind):
     assert torch.equal(generator.get_state(), before)
     if kind == "sampler":  # in a new order each time
         assert cycles[0] != cycles[1] != cycles[2]
+
+
+class Negating(DataLoader):
+    """Does more to a batch than a loader does."""
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            yield -batch
+
+
+def test_a_loader_that_changes_batches_is_iterated_itself():
+    assert _take(CyclingBatches(Negating(DATA, batch_size=5), seed=0), 2) == [
+        [0, -1, -2, -3, -4],
+        [-5, -6, -7, -8, -9],
+    ]
+
+
+def test_a_sampler_of_a_part_of_the_data_is_kept():
+    loader = Untouchable(DATA, batch_size=2, sampler=SequentialSampler(range(4)))
+    assert _take(CyclingBatches(loader, seed=0), 3) == [[0, 1], [2, 3], [0, 1]]
 
 
 LOADERS = {

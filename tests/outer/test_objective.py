@@ -74,3 +74,26 @@ def test_a_loss_without_a_graph_is_refused(loss):
 def test_the_value_follows_the_dtype_of_the_loss():
     w = torch.ones(2, requires_grad=True, dtype=torch.float32)
     assert outer_gradient([lambda: w.sum()], [w], []).value.dtype is torch.float32
+
+
+def _half_precision_loss(size):
+    w = torch.ones(4, dtype=torch.float32, requires_grad=True)
+
+    def loss():
+        return size * w.half().float().sum()  # as autocast sends weights, and gradients back
+
+    return w, loss
+
+
+@pytest.mark.parametrize(
+    ("size", "scale"),
+    [
+        (1e-9, 2.0**16),  # which would be 0 in float16
+        (1e3, 2.0**16),  # which would be infinite with the scale
+    ],
+)
+def test_small_gradients_in_half_precision_are_kept_by_a_scale(size, scale):
+    w, loss = _half_precision_loss(size)
+    outer = outer_gradient([loss], [w], [], scale=scale)
+    # float16 has 11 bits; 6.6e-5 is its smallest number with all of them.
+    assert outer.params[0].tolist() == pytest.approx([size] * 4, rel=2**-10)
