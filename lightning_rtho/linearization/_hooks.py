@@ -125,12 +125,14 @@ def silenceable_hooks(
 
     Args:
         note_change: Called when one of them returns another gradient than it was given.
-        note_waiting: Called when one is registered, or a gradient is asked for by ``retain_grad``.
+        note_waiting: Called when one is registered, or a gradient is asked for by ``retain_grad``
+            or, of what is no parameter, by ``requires_grad_``.
 
     Yields:
         Nothing.
     """
     register_hook, retain_grad = Tensor.register_hook, Tensor.retain_grad
+    requires_grad_ = Tensor.requires_grad_
 
     def register(tensor: Tensor, hook: Hook) -> Any:
         note_waiting()
@@ -142,9 +144,16 @@ def silenceable_hooks(
         living = [reference for reference in _Unheard.retained if reference() is not None]
         _Unheard.retained = [*living, weakref.ref(tensor)]
 
+    def require(tensor: Tensor, requires_grad: bool = True) -> Tensor:
+        if requires_grad and not isinstance(tensor, nn.Parameter):
+            note_waiting()
+        required: Tensor = requires_grad_(tensor, requires_grad)
+        return required
+
     with (
         mock.patch.object(Tensor, "register_hook", register),
         mock.patch.object(Tensor, "retain_grad", retain),
+        mock.patch.object(Tensor, "requires_grad_", require),
     ):
         yield
 

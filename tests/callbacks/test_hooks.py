@@ -225,7 +225,8 @@ def test_a_hook_in_a_gradient_that_the_loss_takes_is_followed(method):
         assert found.item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_adversarial_examples_are_trained_on_as_without_us():
+@pytest.mark.parametrize("begins_at", [0, 3])
+def test_adversarial_examples_are_trained_on_as_without_us(begins_at):
     """Free adversarial training: a perturbation climbs by the gradient of the same pass."""
 
     class Free(SmallNet):
@@ -235,10 +236,12 @@ def test_adversarial_examples_are_trained_on_as_without_us():
 
         def training_step(self, batch, batch_idx):
             x, y = batch
-            self.leaf = self.delta.clone().requires_grad_()
+            self.leaf = self.delta.clone().requires_grad_(self.global_step >= begins_at)
             return F.mse_loss(self.net(x + self.leaf), y)
 
         def on_after_backward(self):
+            if self.global_step < begins_at:
+                return
             self.delta = (self.delta + 0.01 * self.leaf.grad.sign()).clamp(-0.1, 0.1)
 
     plain, observed = Free(lr=0.1), Free(lr=Hyperparameter(0.1, Positive()))
