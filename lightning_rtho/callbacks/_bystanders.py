@@ -105,6 +105,7 @@ class MovingBystanders:
         self._trained |= set(weights)
         self._weights = dict(untrained_weights(self._module, self._trained))
         self._moving &= self._weights.keys()
+        self._first = {n: first for n, first in self._first.items() if n in self._weights}
 
     def _take_in_new(self) -> None:
         """Take in weights that a step has made since; they may move at once."""
@@ -127,7 +128,9 @@ class MovingBystanders:
 
     def _differs_from_first(self, name: str) -> bool:
         first = self._first.get(name)
-        return first is not None and not torch.equal(first.value, self._weights[name].cpu())
+        return first is not None and not torch.equal(
+            first.value, self._weights[name].detach().cpu()
+        )
 
     def _read_marks(self) -> dict[str, tuple[int, int]]:
         # Private: how often a tensor was written to shows in no other way without a copy.

@@ -89,6 +89,10 @@ class GradientHandOver:
         self._others = None
         vars(self._module).pop("backward", None)
 
+    def skip_step(self) -> None:
+        """Forget what was given for a step that is not made."""
+        self._given = {}
+
     def are_traced(self, params: Sequence[Tensor]) -> bool | None:
         """Tell whether gradients are what was given; the next step begins anew.
 

@@ -72,9 +72,11 @@ class _Held:
         self._dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
         self._restorers: list[Callable[[], None]] = []
         self.modules: list[nn.Module] = []
-        for place in (d for part in module.modules() for d in (part._parameters, part._modules)):
-            if isinstance(place, dict):  # those of scripted modules are none
-                self._restorers.append(partial(_restore_dict, place, dict(place)))
+        for part in module.modules():
+            hooks = (part._backward_hooks, part._backward_pre_hooks)
+            for place in (part._parameters, part._modules, *hooks):
+                if isinstance(place, dict):  # those of scripted modules are none
+                    self._restorers.append(partial(_restore_dict, place, dict(place)))
         # Of scripted modules buffers, too: these are nowhere to be replaced.
         scripted = [part for part in module.modules() if isinstance(part, torch.jit.ScriptModule)]
         for buffer in (b for part in scripted for b in part.buffers(recurse=False)):
@@ -216,7 +218,7 @@ def _package(value: Any) -> str | None:
 
 
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
-"""What every module has: parameters and submodules, put back otherwise, and hooks."""
+"""What every module has: parameters, submodules and hooks, put back otherwise."""
 
 _LIBRARIES = ("builtins", "lightning", "pytorch_lightning", "torch", "torchmetrics")
 """Where modules, but no meters come from."""

@@ -93,7 +93,7 @@ class FollowedRun:
         self._manual = None if module.automatic_optimization else ManualStep(module)
         self._following = self._resting = self._warned_of_resting = False
         self._live: set[Tensor] = set()
-        self._watched = self._is_first_batch = self._has_others = False
+        self._watched = self._is_first_batch = False
         self._watch = ExitStack()
         self._forward_context = ExitStack()
         self._replay: TrainingStepReplay | None = None
@@ -276,13 +276,8 @@ class FollowedRun:
 
     def _others_waiting(self, loss: Tensor) -> list[Tensor] | None:
         """Return leaves of a loss that get a gradient beside weights; None if nobody waits."""
-        # Walking through a graph takes time: what waits in the first batch waits in all, and who
-        # comes later has asked for it.
-        if not (self._is_first_batch or self._has_others or self._hooks.are_waiting):
-            return None
         known = {id(tensor) for tensor in (*self.method.params, *self.method.hypers)}
         others = [leaf for leaf in graph_leaves(loss) if id(leaf) not in known]
-        self._has_others |= bool(others)
         return others if others or self._hooks.are_waiting else None
 
     def _look_for_unseen(self, loss: Tensor) -> None:
@@ -310,6 +305,7 @@ class FollowedRun:
         if not self._recorded:
             return 0
         self.method.advance(OptimizerStep([], []))
+        self._hand_over.skip_step()
         self._recorded = False
         self._skipped_steps += 1
         return self._skipped_steps

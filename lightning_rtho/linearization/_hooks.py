@@ -30,7 +30,7 @@ class BackwardHooks:
     Attributes:
         are_waiting: Whether someone waits for the gradients of layers or of tensors other than
             weights since :meth:`start`.
-        have_changed: Whether a hook has returned another gradient than it was given.
+        have_changed: Whether a hook has returned another gradient than it was given since then.
 
     Example:
         >>> import torch
@@ -60,7 +60,7 @@ class BackwardHooks:
         """
         self.stop()
         self._take_in(weights)
-        self.are_waiting = any(map(bool, self._of_layers()))
+        self.are_waiting, self.have_changed = any(map(bool, self._of_layers())), False
         self._patch.enter_context(silenceable_hooks(self._note_change, self._note_waiting))
 
     def stop(self) -> None:
@@ -77,7 +77,7 @@ class BackwardHooks:
         for hooks in chain(self._of_layers(), _of_weights(weights)):
             for key, hook in hooks.items():
                 while isinstance(hook, _SilenceableHook):
-                    hook = hooks[key] = hook.hook
+                    hook = hooks[key] = hook.original
 
     def _take_in(self, weights: Sequence[Tensor]) -> None:
         """Stand before hooks that there are."""
@@ -125,14 +125,12 @@ def silenceable_hooks(
 
     Args:
         note_change: Called when one of them returns another gradient than it was given.
-        note_waiting: Called when one is registered, or a gradient is asked for by ``retain_grad``
-            or, of what is no parameter, by ``requires_grad_``.
+        note_waiting: Called when one is registered, or a gradient is asked for by ``retain_grad``.
 
     Yields:
         Nothing.
     """
     register_hook, retain_grad = Tensor.register_hook, Tensor.retain_grad
-    requires_grad_ = Tensor.requires_grad_
 
     def register(tensor: Tensor, hook: Hook) -> Any:
         note_waiting()
@@ -144,16 +142,9 @@ def silenceable_hooks(
         living = [reference for reference in _Unheard.retained if reference() is not None]
         _Unheard.retained = [*living, weakref.ref(tensor)]
 
-    def require(tensor: Tensor, requires_grad: bool = True) -> Tensor:
-        if requires_grad and not isinstance(tensor, nn.Parameter):
-            note_waiting()
-        required: Tensor = requires_grad_(tensor, requires_grad)
-        return required
-
     with (
         mock.patch.object(Tensor, "register_hook", register),
         mock.patch.object(Tensor, "retain_grad", retain),
-        mock.patch.object(Tensor, "requires_grad_", require),
     ):
         yield
 
@@ -176,13 +167,15 @@ class _SilenceableHook:
         note_change: Called when it returns another gradient than it was given.
     """
 
+    __slots__ = ("_note_change", "original")  # torch copies a hook's `__dict__` into its own
+
     def __init__(self, hook: Hook, note_change: Callable[[], None]) -> None:
-        self.hook, self._note_change = hook, note_change
+        self.original, self._note_change = hook, note_change
 
     def __call__(self, *args: Any) -> Any:
         if _Unheard.is_on:
             return None
-        returned = self.hook(*args)
+        returned = self.original(*args)
         # A tensor's hook gets a gradient, a layer's the layer and then those that it may change.
         if returned is not None and not _are_same(returned, args[min(1, len(args) - 1)]):
             self._note_change()
@@ -190,7 +183,7 @@ class _SilenceableHook:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Let copies of what has the hook have the hook alone."""
-        return _itself, (self.hook,)
+        return _itself, (self.original,)
 
 
 def _itself(hook: Hook) -> Hook:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_rtho import RTHO, TRHO, Hyperparameter, KeepGraph, Positive
+from lightning_rtho.callbacks._hand_over import GradientHandOver
 from tests.callbacks.problems import (
     SmallNet,
     as_hyperparameters,
@@ -41,6 +42,7 @@ class Onlooker(SmallNet):
         self.net[0].weight.register_hook(self.look)  # as `wandb.watch` does
         self.net[2].register_full_backward_hook(lambda layer, inner, outer: self.look(*inner))
         self.net[2].register_full_backward_pre_hook(lambda layer, outer: self.look(*outer))
+        self.net[1].register_backward_hook(lambda layer, inner, outer: self.look(*outer))
 
     def look(self, gradient: Tensor) -> None:
         self.seen.append(gradient.numpy().copy())
@@ -96,7 +98,7 @@ def test_onlookers_see_the_same_in_manual_optimization():
     found = seen_by(OnlookerByHand, callback)
     np.testing.assert_equal(found, seen_by(OnlookerByHand))
     assert len(callback.schedule) == 3
-    assert len(found[0]) == 6 * (2 * 4 + 2)
+    assert len(found[0]) == 6 * (2 * 5 + 2)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -135,6 +137,46 @@ def test_layers_are_copied_with_the_hooks_that_they_have():
     assert [[*hooks.values()] for hooks in module.copies] == [[look]] * 2
 
 
+def test_hand_written_passes_are_made_once_where_nobody_waits(monkeypatch):
+    """In the place of a second backward pass gradients are handed over."""
+
+    class ByHand(SmallNet):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            for _ in range(2):
+                loss = super().training_step(batch, batch_idx)
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+
+    handed: list[bool] = []
+    give = GradientHandOver.give
+
+    def spy(self, pairs, *, may_share, others):
+        handed.append(others is None)
+        give(self, pairs, may_share=may_share, others=others)
+
+    monkeypatch.setattr(GradientHandOver, "give", spy)
+    fit(ByHand(lr=0.1), observing("forward"), steps=6)
+    assert handed == [True] * 6
+
+
+def test_hooks_that_steps_register_do_not_add_up():
+    class Registering(SmallNet):
+        def training_step(self, batch, batch_idx):
+            self.handle = self.net[2].register_full_backward_hook(lambda *_: None)
+            return super().training_step(batch, batch_idx)
+
+        def on_after_backward(self):
+            self.handle.remove()
+
+    module = Registering(lr=0.1)
+    fit(module, observing("recompute"), steps=4)
+    assert not module.net[2]._backward_hooks
+
+
 def test_hooks_are_their_owners_again_after_the_fit():
     module = Onlooker(lr=0.1)
     layer, weight = module.net[2], module.net[0].weight
@@ -158,7 +200,7 @@ def test_a_hook_can_be_removed_while_it_is_followed():
     assert len(module.net[0].weight._backward_hooks) == 1
 
 
-@pytest.mark.parametrize("of", ["tensor", "layer", "layer's outputs", "weight"])
+@pytest.mark.parametrize("of", ["tensor", "layer", "old layer", "layer's outputs", "weight"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_hook_that_changes_a_gradient_is_refused(method, of):
     class Hooked(SmallNet):
@@ -172,6 +214,10 @@ def test_a_hook_that_changes_a_gradient_is_refused(method, of):
     before = [param.detach().clone() for param in module.parameters()]
     if of == "layer":
         module.net[2].register_full_backward_hook(lambda layer, inner, outer: (0.5 * inner[0],))
+    elif of == "old layer":
+        module.net[2].register_backward_hook(
+            lambda layer, inner, outer: tuple(0.5 * x for x in inner)
+        )
     elif of == "layer's outputs":
         module.net[2].register_full_backward_pre_hook(lambda layer, outer: (0.5 * outer[0],))
     elif of == "weight":  # refused in the first step, though it does nothing yet
@@ -236,7 +282,9 @@ def test_adversarial_examples_are_trained_on_as_without_us(begins_at):
 
         def training_step(self, batch, batch_idx):
             x, y = batch
-            self.leaf = self.delta.clone().requires_grad_(self.global_step >= begins_at)
+            self.leaf = torch.tensor(
+                self.delta.tolist(), requires_grad=self.global_step >= begins_at
+            )
             return F.mse_loss(self.net(x + self.leaf), y)
 
         def on_after_backward(self):

@@ -66,6 +66,18 @@ class Counting(SmallNet):
         return F.mse_loss(self.net(x), y) * (self.constant + self.beta)
 
 
+class Sparse(Counting):
+    """Holds a buffer that torch cannot compare."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.register_buffer("adjacency", torch.eye(3).to_sparse())
+
+    def training_step(self, batch, batch_idx):
+        mixed = torch.sparse.mm(self.adjacency.to(batch[0].dtype), batch[0].T).T
+        return super().training_step([mixed, batch[1]], batch_idx)
+
+
 class Unnoticed(Counting):
     """The same, written in a way that torch does not count."""
 
@@ -153,6 +165,7 @@ CASES = {
     "random numbers": (Drawing, ()),
     "buffers": (Counting, ()),
     "buffers written through data": (Unnoticed, ()),
+    "sparse buffers": (Sparse, ()),
     "buffers that come and go": (Remembering, ()),
     "batch": (Named, (Mixing,)),
 }
