@@ -127,10 +127,8 @@ class MovingBystanders:
         }
 
     def _differs_from_first(self, name: str) -> bool:
-        first = self._first.get(name)
-        return first is not None and not torch.equal(
-            first.value, self._weights[name].detach().cpu()
-        )
+        first, weight = self._first.get(name), self._weights[name].detach()
+        return first is not None and not torch.equal(first.value, weight.cpu())
 
     def _read_marks(self) -> dict[str, tuple[int, int]]:
         # Private: how often a tensor was written to shows in no other way without a copy.

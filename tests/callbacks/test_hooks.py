@@ -200,6 +200,10 @@ def test_a_hook_can_be_removed_while_it_is_followed():
     assert len(module.net[0].weight._backward_hooks) == 1
 
 
+def halve_all(layer, inner, outer):
+    return tuple(0.5 * gradient for gradient in inner)
+
+
 @pytest.mark.parametrize("of", ["tensor", "layer", "old layer", "layer's outputs", "weight"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_hook_that_changes_a_gradient_is_refused(method, of):
@@ -215,9 +219,7 @@ def test_a_hook_that_changes_a_gradient_is_refused(method, of):
     if of == "layer":
         module.net[2].register_full_backward_hook(lambda layer, inner, outer: (0.5 * inner[0],))
     elif of == "old layer":
-        module.net[2].register_backward_hook(
-            lambda layer, inner, outer: tuple(0.5 * x for x in inner)
-        )
+        module.net[2].register_backward_hook(halve_all)
     elif of == "layer's outputs":
         module.net[2].register_full_backward_pre_hook(lambda layer, outer: (0.5 * outer[0],))
     elif of == "weight":  # refused in the first step, though it does nothing yet
