@@ -137,8 +137,9 @@ def test_graph_has_one_owner(path: Path) -> None:
         for keyword in node.keywords
         if keyword.arg == "create_graph"
     ]
-    owner = path.relative_to(ROOT).as_posix() == "linearization/_gradient.py"
-    assert bool(keeps_graph) == owner
+    # That of the loss has one, and that of an update does not outlive the call that makes it.
+    owners = ("linearization/_gradient.py", "linearization/_step.py")
+    assert bool(keeps_graph) == (path.relative_to(ROOT).as_posix() in owners)
 
 
 def test_package_imports_without_what_only_the_examples_need() -> None:
