@@ -186,18 +186,21 @@ class DifferentiableOptimizer(Optimizer):
 
     def _changed_value(self, place: int) -> float:
         """Return what a hyperparameter is now by the number that stands in one of its places."""
-        before, now = self._found[place], self._standing(self._sites[place])
+        site, before = self._sites[place], self._found[place]
+        now = self._standing(site)
         if now == before:
             return self._written[place]
-        is_scheduled = self._sites[place].setting == "lr" and self._schedulers
-        return self._written[place] * now / before if is_scheduled and before else now
+        return self._written[place] * now / before if self._is_scheduled(site) and before else now
 
     def _standing(self, site: _Site) -> float:
         """Return the number that stands in a place; of a schedule its base."""
         group = self.param_groups[site.group]
         present = get_setting(group, site.setting)
-        is_scheduled = site.setting == "lr" and self._schedulers
-        return float(group.get("initial_lr", present) if is_scheduled else present)
+        return float(group.get("initial_lr", present) if self._is_scheduled(site) else present)
+
+    def _is_scheduled(self, site: _Site) -> bool:
+        """Tell whether a hyperparameter is the base of a schedule, not what stands there."""
+        return site.setting == "lr" and bool(self._schedulers)
 
     def write_hyperparameters(self) -> None:
         """Write the present value of every hyperparameter to where it acts in the groups.
@@ -207,7 +210,7 @@ class DifferentiableOptimizer(Optimizer):
         ratios = [1.0] * len(self.param_groups)
         for number, site in enumerate(self._sites):
             value = site.hyperparameter.item()
-            if site.setting == "lr" and self._schedulers:
+            if self._is_scheduled(site):
                 ratios[site.group] = value / (self._written[number] or 1.0)
             else:
                 set_setting(self.param_groups[site.group], site.setting, value)
@@ -228,8 +231,8 @@ class DifferentiableOptimizer(Optimizer):
     def overwritten_setting(self) -> str | None:
         """Return a tuned setting that someone else has written to, if there is one."""
         for site, value in zip(self._sites, self._written, strict=True):
-            scheduled = site.setting == "lr" and self._schedulers
-            if not scheduled and get_setting(self.param_groups[site.group], site.setting) != value:
+            present = get_setting(self.param_groups[site.group], site.setting)
+            if not self._is_scheduled(site) and present != value:
                 return site.setting
         return None
 

@@ -127,8 +127,9 @@ class MovingBystanders:
         }
 
     def _differs_from_first(self, name: str) -> bool:
-        first, weight = self._first.get(name), self._weights[name].detach()
-        return first is not None and not torch.equal(first.value, weight.cpu())
+        if name not in self._first:
+            return False
+        return not torch.equal(self._first[name].value, self._weights[name].detach().cpu())
 
     def _read_marks(self) -> dict[str, tuple[int, int]]:
         # Private: how often a tensor was written to shows in no other way without a copy.

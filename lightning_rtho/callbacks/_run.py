@@ -132,8 +132,7 @@ class FollowedRun:
                 self._forward_context.enter_context(noted_beginning(self._module, note))
             else:
                 self._forward_context.enter_context(twice_differentiable_kernels(self._module))
-            self._hooks.start(self.method.params)
-            self._forward_context.callback(self._hooks.stop)
+            self._forward_context.enter_context(self._hooks.watched(self.method.params))
             # Where losses are computed again, their statistics are, too.
             self._statistics.start(traced=not self.method.needs_replay)
             if self._manual is not None:

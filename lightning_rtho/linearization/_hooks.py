@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import chain
 from operator import is_
 from typing import Any, ClassVar, final
@@ -20,25 +20,24 @@ class BackwardHooks:
     """The hooks of a module's layers, of its weights, and of what its forward passes make.
 
     From the beginning on those of layers and weights are called in passes of others alone, not in
-    those that :func:`unheard` keeps from them; those of tensors, where they are registered between
-    :meth:`start` and :meth:`stop`.
+    those that :func:`unheard` keeps from them; those of tensors, where they are registered in what
+    is :meth:`watched`.
 
     Args:
         module: The module.
         weights: Its weights, each ``[*P]``.
 
     Attributes:
-        are_waiting: Whether someone waits for the gradients of layers or of tensors other than
-            weights since :meth:`start`.
+        are_waiting: Whether someone waits for the gradients of layers, or of tensors other than
+            weights in what was watched last.
         have_changed: Whether a hook has returned another gradient than it was given since then.
 
     Example:
         >>> import torch
         >>> x = torch.ones(2, requires_grad=True)
         >>> hooks, seen = BackwardHooks(nn.Identity(), [x]), []
-        >>> hooks.start([x])
-        >>> handle = x.register_hook(seen.append)
-        >>> hooks.stop()
+        >>> with hooks.watched([x]):
+        ...     handle = x.register_hook(seen.append)
         >>> with unheard():
         ...     gradient = torch.autograd.grad(x.sum(), x)
         >>> x.sum().backward()
@@ -48,24 +47,23 @@ class BackwardHooks:
 
     def __init__(self, module: nn.Module, weights: Sequence[Tensor]) -> None:
         self._module = module
-        self._patch = ExitStack()
         self.are_waiting = self.have_changed = False
         self._take_in(weights)
 
-    def start(self, weights: Sequence[Tensor]) -> None:
-        """Watch the coming forward pass.
+    @contextmanager
+    def watched(self, weights: Sequence[Tensor]) -> Iterator[None]:
+        """Watch a forward pass.
 
         Args:
             weights: The weights, among which there may be new ones, each ``[*P]``.
+
+        Yields:
+            Nothing.
         """
-        self.stop()
         self._take_in(weights)
         self.are_waiting, self.have_changed = any(map(bool, self._of_layers())), False
-        self._patch.enter_context(silenceable_hooks(self._note_change, self._note_waiting))
-
-    def stop(self) -> None:
-        """Stop watching."""
-        self._patch.close()
+        with silenceable_hooks(self._note_change, self._note_waiting):
+            yield
 
     def end(self, weights: Sequence[Tensor]) -> None:
         """Let every layer and weight have its own hooks again.
@@ -73,7 +71,6 @@ class BackwardHooks:
         Args:
             weights: The weights, each ``[*P]``.
         """
-        self.stop()
         for hooks in chain(self._of_layers(), _of_weights(weights)):
             for key, hook in hooks.items():
                 while isinstance(hook, _SilenceableHook):

@@ -58,10 +58,9 @@ def step_jvp(
         new_state = transition.rule(
             {**transition.state, **arrays, **counts}, grad, {**transition.hyper, **tuned}
         )
-    state_dots = {name: state_dot[name] for name in (*arrays, *counts)}
-    along_entries = [(arrays[name], state_dots[name]) for name in arrays] + [(grad, grad_dot)]
-    along_scalars = [(counts[name], state_dots[name]) for name in counts]
-    along_scalars += [(tuned[name], hyper_dot[name]) for name in tuned]
+    along_entries = [*((x, state_dot[name]) for name, x in arrays.items()), (grad, grad_dot)]
+    along_scalars = [(x, state_dot[name]) for name, x in counts.items()]
+    along_scalars += [(x, hyper_dot[name]) for name, x in tuned.items()]
     return {
         name: _push_to(value, along_entries, along_scalars, len(grad_dot))
         for name, value in new_state.items()

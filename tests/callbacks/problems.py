@@ -64,6 +64,21 @@ class SmallNet(L.LightningModule):
         return self.optimizer_class(self.net.parameters(), **settings)
 
 
+class TwiceABatch(SmallNet):
+    """Is stepped by hand, twice a batch, and logs its loss."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        for _ in range(2):
+            loss = super().training_step(batch, batch_idx)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+        self.log("loss", loss)
+
+
 def fit(
     module: L.LightningModule,
     *callbacks: L.Callback,

@@ -15,6 +15,7 @@ from lightning_rtho import RTHO, TRHO, Hyperparameter, KeepGraph, Positive
 from lightning_rtho.callbacks._hand_over import GradientHandOver
 from tests.callbacks.problems import (
     SmallNet,
+    TwiceABatch,
     as_hyperparameters,
     finite_difference,
     fit,
@@ -140,17 +141,6 @@ def test_layers_are_copied_with_the_hooks_that_they_have():
 def test_hand_written_passes_are_made_once_where_nobody_waits(monkeypatch):
     """In the place of a second backward pass gradients are handed over."""
 
-    class ByHand(SmallNet):
-        automatic_optimization = False
-
-        def training_step(self, batch, batch_idx):
-            optimizer = self.optimizers()
-            for _ in range(2):
-                loss = super().training_step(batch, batch_idx)
-                optimizer.zero_grad()
-                self.manual_backward(loss)
-                optimizer.step()
-
     handed: list[bool] = []
     give = GradientHandOver.give
 
@@ -159,7 +149,7 @@ def test_hand_written_passes_are_made_once_where_nobody_waits(monkeypatch):
         give(self, pairs, may_share=may_share, others=others)
 
     monkeypatch.setattr(GradientHandOver, "give", spy)
-    fit(ByHand(lr=0.1), observing("forward"), steps=6)
+    fit(TwiceABatch(lr=0.1), observing("forward"), steps=6)
     assert handed == [True] * 6
 
 

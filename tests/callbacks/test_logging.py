@@ -23,7 +23,7 @@ from lightning_rtho import (
     ReplaySchedule,
 )
 from lightning_rtho.callbacks._diagnostics import cosine
-from tests.callbacks.problems import SmallNet, as_hyperparameters, fit
+from tests.callbacks.problems import SmallNet, TwiceABatch, as_hyperparameters, fit
 
 METHODS = {"forward": RTHO, "reverse": TRHO}
 DIAGNOSTICS = ["hypergradient_cosine", "tangent_histogram", "tangent_norm"]
@@ -71,21 +71,6 @@ class Shaped(SmallNet):
         x, y = batch
         penalty = self.l2 * sum(p.square().sum() for p in self.net.parameters())
         return (self.weights * (self.net(x) - y) ** 2).mean() + penalty
-
-
-class TwiceABatch(SmallNet):
-    """Is stepped by hand, twice a batch, and logs its loss."""
-
-    automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        optimizer = self.optimizers()
-        for _ in range(2):
-            loss = super().training_step(batch, batch_idx)
-            optimizer.zero_grad()
-            self.manual_backward(loss)
-            optimizer.step()
-        self.log("loss", loss)
 
 
 def expected_metrics(update: OuterUpdate) -> dict[str, float]:
