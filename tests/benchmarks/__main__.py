@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 import os
 import platform
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from tests.benchmarks.cosine import compare_directions, cosine_table
 from tests.benchmarks.floor import floor
 from tests.benchmarks.growth import grow
 from tests.benchmarks.kernels import compile_seconds, copy_shares, kernels_line
-from tests.benchmarks.memory import peak_memory
+from tests.benchmarks.memory import by_method, peak_memory
 from tests.benchmarks.methods import METHODS, available_methods
 from tests.benchmarks.report import OUTPUT, table
 from tests.benchmarks.timing import compare
@@ -28,9 +27,6 @@ from tests.benchmarks.workloads import WORKLOADS, Task, make_task
 
 _SMALL = 2**20
 """Bytes of a training state below which the measure of memory is coarser than what it measures."""
-
-_AT_ONCE = {"cpu": 1, "cuda": 8}
-"""Processes whose memory is measured side by side: a process knows its own on a device."""
 
 _DEFAULT = ("phone", "cnn", "transformer", "many", "layers", "small")
 
@@ -101,10 +97,9 @@ def _measure(
     )
     memory = {}
     if not args.no_memory and _state_bytes(task) > _SMALL:
-        names = ("plain", *methods)
-        with ThreadPoolExecutor(_AT_ONCE[device.type]) as pool:
-            found = pool.map(lambda method: _memory(workload, method, options, device), names)
-            memory = dict(zip(names, found, strict=True))
+        memory = by_method(
+            lambda method: _memory(workload, method, options, device), ("plain", *methods)
+        )
     return {
         "workload": workload,
         "summary": task.summary + (", an eighth as wide" if options else ""),

@@ -1,10 +1,11 @@
 """How cost grows with the number of hyperparameters, the window and the number of weights."""
 
+from functools import partial
 from typing import Any
 
 import torch
 
-from tests.benchmarks.memory import peak_memory
+from tests.benchmarks.memory import by_method, peak_memory
 from tests.benchmarks.timing import compare
 from tests.benchmarks.workloads import make_task
 
@@ -36,7 +37,7 @@ def grow(
         One record for each method at each value.
     """
 
-    def in_use(method: str, sizes: dict[str, Any]) -> int:
+    def in_use(sizes: dict[str, Any], method: str) -> int:
         return peak_memory("weighted", method, sizes, device, without_holes=True)["training"]
 
     records = []
@@ -46,13 +47,13 @@ def grow(
             weights = sum(p.numel() for p in make_task("weighted", **sizes).net.parameters())
             few = max(1, windows * 5 // sizes.get("hyper_batch_size", 5))
             timings = compare("weighted", sizes, _METHODS, device, repeats=repeats, windows=few)
-            plain = in_use("plain", sizes) if memory else 1
+            peaks = by_method(partial(in_use, sizes), ("plain", *timings)) if memory else {}
             for method, timing in timings.items():
                 records.append({
                     "sweep": sweep,
                     "value": weights if sweep == "width" else value,
                     "method": method,
                     "ratio": timing.as_dict()["ratio"],
-                    "memory_ratio": in_use(method, sizes) / plain if memory else 0,
+                    "memory_ratio": peaks[method] / peaks["plain"] if memory else 0,
                 })
     return records

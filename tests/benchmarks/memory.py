@@ -9,8 +9,10 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -20,7 +22,7 @@ from lightning_rtho.linearization import _fused
 from tests.benchmarks.methods import METHODS
 from tests.benchmarks.workloads import describe, make_task
 
-__all__ = ["peak_memory"]
+__all__ = ["by_method", "peak_memory"]
 
 _WINDOWS = 2
 """Windows of a training: at the second, whatever a window leaves behind is there."""
@@ -30,6 +32,26 @@ _NO_HOLES = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 
 How many depends on the order in which sizes come and go, not on what a training needs.
 """
+
+_AT_ONCE = min(4, os.cpu_count() or 1)
+"""Processes whose memory is measured at a time, each on one core of the processor."""
+
+Result = TypeVar("Result")
+
+
+def by_method(measure: Callable[[str], Result], methods: Iterable[str]) -> dict[str, Result]:
+    """Measure methods side by side: a process knows its own memory, on a device as well.
+
+    Args:
+        measure: Measures one, by :func:`peak_memory`.
+        methods: Names in ``METHODS``.
+
+    Returns:
+        What was found, in the order of the methods.
+    """
+    methods = list(methods)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return dict(zip(methods, pool.map(measure, methods), strict=True))
 
 
 def peak_memory(
@@ -56,7 +78,7 @@ def peak_memory(
     """
     arguments = [workload, method, json.dumps(options), device.type]
     command = [sys.executable, "-m", "tests.benchmarks.memory", *arguments]
-    environment = os.environ | (_NO_HOLES if without_holes else {})
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (_NO_HOLES if without_holes else {})
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if finished.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{finished.stderr[-2000:]}")
