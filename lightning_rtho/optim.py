@@ -26,7 +26,7 @@ from lightning_rtho.schedulers import (
     separate_rates,
 )
 
-__all__ = ["DifferentiableOptimizer"]
+__all__ = ["DifferentiableOptimizer", "adopt_settings"]
 
 
 @dataclass(frozen=True)
@@ -168,21 +168,6 @@ class DifferentiableOptimizer(Optimizer):
                     value.element_size() * (param.numel() if value.dim() else 1) for value in kept
                 )
         return size
-
-    def adopt_settings(self) -> None:
-        """Take over settings that have been changed since, as by a checkpoint that was loaded.
-
-        Under a schedule a rate moves as its base has. What lies outside of the domain, or differs
-        between the places of one hyperparameter, is not taken over.
-        """
-        for hyper in self.hyperparameters:
-            places = [i for i, site in enumerate(self._sites) if site.hyperparameter is hyper]
-            values = {self._changed_value(i) for i in places}
-            value = torch.as_tensor(min(values), dtype=hyper.dtype).reshape(hyper.shape)
-            if len(values) == 1 and value != hyper.plain and bool(hyper.domain.contains(value)):
-                hyper.assign(value)
-                for i in places:
-                    self._written[i] = hyper.item()
 
     def _changed_value(self, place: int) -> float:
         """Return what a hyperparameter is now by the number that stands in one of its places."""
@@ -442,6 +427,31 @@ class DifferentiableOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`__reduce__` kept; torch's own would add hooks that never run."""
         self.__dict__.update(state)
+
+
+def adopt_settings(optimizers: Sequence[DifferentiableOptimizer]) -> None:
+    """Take over settings that have been changed since, as by a checkpoint that was loaded.
+
+    Under a schedule a rate moves as its base has. What lies outside of the domain, or differs
+    between the places of one hyperparameter, is not taken over.
+
+    Args:
+        optimizers: All optimizers, since they may share a hyperparameter.
+    """
+    for hyper in {id(h): h for own in optimizers for h in own.hyperparameters}.values():
+        places = [
+            (own, i)
+            for own in optimizers
+            for i, site in enumerate(own._sites)
+            if site.hyperparameter is hyper
+        ]
+        values = {own._changed_value(i) for own, i in places}
+        value = torch.full_like(hyper.plain, min(values))
+        is_new = len(values) == 1 and not torch.equal(value, hyper.plain)
+        if is_new and bool(hyper.domain.contains(value)):
+            hyper.assign(value)
+            for own, i in places:
+                own._written[i] = hyper.item()
 
 
 def _find_sites(optimizer: Optimizer, rule_class: type[UpdateRule], first: int = 0) -> list[_Site]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, optim
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -15,6 +15,7 @@ from torch.optim.optimizer import (
 from lightning_rtho import DifferentiableOptimizer, Hyperparameter, Interval, NonNegative, Positive
 from lightning_rtho.dynamics import read_state
 from lightning_rtho.linearization import step_jvp
+from lightning_rtho.optim import adopt_settings
 from tests.dynamics.cases import CASES, START, Case, gradient, train
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -495,3 +496,37 @@ def test_dampening_has_no_derivative_without_momentum() -> None:
     state_dot, grad_dot = {"param": torch.zeros(1, 4)}, torch.zeros(1, 4)
     pushed = step_jvp(transition, state_dot, grad_dot, {"dampening": torch.ones(1)})
     assert not pushed["param"].any()
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_settings_of_a_checkpoint_are_adopted_once_where_optimizers_share_them(scheduled, shape):
+    def make(value: float) -> tuple[Any, list[Any], list[Any]]:
+        lr = Hyperparameter(torch.full(shape, value), Positive())
+        inner = [optim.SGD([torch.zeros(2, requires_grad=True)], lr=lr) for _ in range(2)]
+        schedulers = [optim.lr_scheduler.StepLR(o, 10) for o in inner] if scheduled else []
+        pairs = zip(inner, [[s] for s in schedulers] or [[], []], strict=True)
+        return lr, [DifferentiableOptimizer(*pair) for pair in pairs], schedulers
+
+    _, saved, saved_schedulers = make(0.1)
+    lr, optimizers, schedulers = make(0.05)
+    for new, old in zip([*optimizers, *schedulers], [*saved, *saved_schedulers], strict=True):
+        new.load_state_dict(old.state_dict())
+    adopt_settings(optimizers)
+    for optimizer in optimizers:
+        optimizer.write_hyperparameters()
+    assert [o.param_groups[0]["lr"] for o in optimizers] == pytest.approx([0.1, 0.1])
+    bases = [base for scheduler in schedulers for base in scheduler.base_lrs]
+    assert bases == pytest.approx([0.1] * len(schedulers))
+    assert lr.item() == pytest.approx(0.1)
+
+
+def test_settings_that_two_optimizers_do_not_agree_on_are_not_adopted():
+    lr = Hyperparameter(0.05, Positive())
+    optimizers = [
+        DifferentiableOptimizer(optim.SGD([torch.zeros(2, requires_grad=True)], lr=lr))
+        for _ in range(2)
+    ]
+    optimizers[0].param_groups[0]["lr"] = 0.1
+    adopt_settings(optimizers)
+    assert lr.item() == 0.05

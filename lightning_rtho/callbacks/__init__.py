@@ -1,4 +1,4 @@
-"""The Lightning callbacks: wiring alone, and the only place that knows Lightning."""
+"""The Lightning callbacks, and all else that knows Lightning: wiring, and what it needs."""
 
 from lightning_rtho.callbacks._base import HypergradientCallback
 from lightning_rtho.callbacks._gradcheck import (

@@ -5,7 +5,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torchmetrics import Metric
 
-__all__ = ["PlainAttributes", "put_attributes", "saved_attributes"]
+__all__ = ["Attributes", "PlainAttributes", "put_attributes", "saved_attributes"]
 
 Attributes = dict[tuple[str, str], Any]
 """Values by the names of a submodule and of an attribute."""

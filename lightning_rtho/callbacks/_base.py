@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -38,7 +39,7 @@ from lightning_rtho.callbacks._signals import signals_deferred
 from lightning_rtho.callbacks._summary import Plan, summary_of
 from lightning_rtho.hypergradient import AbstractHypergradient
 from lightning_rtho.hyperparameters import Hyperparameter
-from lightning_rtho.optim import DifferentiableOptimizer
+from lightning_rtho.optim import DifferentiableOptimizer, adopt_settings
 from lightning_rtho.outer import (
     HyperparameterDescent,
     OuterOptimizerCallable,
@@ -144,7 +145,7 @@ class HypergradientCallback(Callback):
 
     def _updates(self, trainer: Trainer) -> float:
         """Return how many outer updates are left if the run is not ended early; else 0."""
-        last = trainer.estimated_stepping_batches  # -1 where the loader's length is not known
+        last = _last_step(trainer)
         if self.stop_step is not None:
             last = min(last, self.stop_step)
         if math.isinf(last):
@@ -199,9 +200,9 @@ class HypergradientCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to follow the run; evaluate the outer objective once, so that errors come now."""
         optimizers = _differentiable(trainer)
+        if self._resumed is None:  # a checkpoint of a run without us may have set others
+            adopt_settings(optimizers)
         for optimizer in optimizers:
-            if self._resumed is None:  # a checkpoint of a run without us may have set others
-                optimizer.adopt_settings()
             optimizer.write_hyperparameters()
         self.schedule = Schedule(
             start=self.hyperparameters,
@@ -248,12 +249,18 @@ class HypergradientCallback(Callback):
                 Ramp(self._updates(trainer) if can_climb else 0),
             )
         if descent is not None and self.safeguard:
-            judges = self._sign > 0
             safeguard = Safeguard(
-                module, run.method, optimizers, hypers, descent, judges_objective=judges
+                module,
+                run.method,
+                optimizers,
+                hypers,
+                descent,
+                judges_objective=self._can_go_back,
             )
         look = partial(self._diagnose, trainer, run)
-        return OuterLoop(run, objective, hypers, self.hyper_batch_size, descent, safeguard, look)
+        return OuterLoop(
+            run, objective, self._tuned, self.hyper_batch_size, descent, safeguard, look
+        )
 
     def _print_summary(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print what is tuned, how, and what it will cost."""
@@ -292,7 +299,7 @@ class HypergradientCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Begin a new gradient; a step that was prepared and not made has been skipped."""
-        if self._loop is not None and self._loop.run.begin_step() == 1:
+        if self._loop is not None and self._loop.run.take_back_skipped_step() == 1:
             has_scaler = getattr(trainer.precision_plugin, "scaler", None) is not None
             why = ", since its scaled gradient overflowed" if has_scaler else ""
             rank_zero_warn(
@@ -355,9 +362,7 @@ class HypergradientCallback(Callback):
         if loop.descent is not None:
             for optimizer in _differentiable(trainer):
                 optimizer.write_hyperparameters()
-        safeguard = loop.safeguard if outcome.action is not None else None
-        is_restored = outcome.action == "restored"
-        if is_restored:
+        if outcome.action == "restored":
             forget_what_is_given_up(trainer, module)
         update = OuterUpdate(
             step=trainer.global_step,
@@ -366,12 +371,12 @@ class HypergradientCallback(Callback):
             outer_objective=self._sign * outcome.objective,
             sensitivity=outcome.sensitivity,
             safeguard=outcome.action,
-            restored_step=safeguard.best_step if safeguard is not None and is_restored else None,
+            restored_step=outcome.restored_step,
         )
         self.schedule.append(update)
         metrics = metrics_of(update)
-        if safeguard is not None and outcome.action is not None:
-            metrics[f"safeguard/{outcome.action}"] = safeguard.counts[outcome.action]
+        if outcome.action is not None:
+            metrics[f"safeguard/{outcome.action}"] = outcome.times
         log_metrics(trainer, metrics)
 
     def _natural(self, hypergradient: Tensor) -> dict[str, Tensor]:
@@ -501,6 +506,21 @@ class HypergradientCallback(Callback):
         trainer.optimizers = [
             o.optimizer if isinstance(o, DifferentiableOptimizer) else o for o in trainer.optimizers
         ]
+
+
+def _last_step(trainer: Trainer) -> float:
+    """Return where a run ends if not earlier; -1 where the loader's length is not known."""
+    last = trainer.estimated_stepping_batches
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs or 0
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:  # Lightning counts on as many micro-batches as now
+        if isinstance(callback, GradientAccumulationScheduler) and math.isfinite(batches):
+            steps = [
+                math.ceil(batches / callback.get_accumulate_grad_batches(epoch))
+                for epoch in range(epochs)
+            ]
+            last = min(last, sum(steps)) if steps else last
+    return last
 
 
 def _differentiable(trainer: Trainer) -> list[DifferentiableOptimizer]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
@@ -17,7 +18,13 @@ from torch.utils.checkpoint import CheckpointError
 
 from lightning_rtho.hypergradient import GradientMismatchError
 
-__all__ = ["check_modules", "check_optimizers", "check_settings", "refusals_explained"]
+__all__ = [
+    "check_modules",
+    "check_optimizers",
+    "check_package",
+    "check_settings",
+    "refusals_explained",
+]
 
 
 def check_settings(trainer: Trainer, module: LightningModule) -> None:
@@ -30,6 +37,7 @@ def check_settings(trainer: Trainer, module: LightningModule) -> None:
     Raises:
         MisconfigurationException: If a setting cannot be followed.
     """
+    check_package(module)
     if trainer.world_size > 1 and not module.automatic_optimization:
         raise MisconfigurationException(
             "Manual optimization is not followed over several processes, got "
@@ -50,6 +58,23 @@ def check_settings(trainer: Trainer, module: LightningModule) -> None:
         raise MisconfigurationException(
             "`static_graph=True` lets processes drift apart without a word where gradients are "
             "computed twice. Use `DDPStrategy(static_graph=False)`."
+        )
+
+
+def check_package(module: Any) -> None:
+    """Check that a module is one of the package that the callbacks are made for.
+
+    Args:
+        module: The module.
+
+    Raises:
+        MisconfigurationException: If it is not, as one of ``pytorch_lightning``.
+    """
+    if not isinstance(module, LightningModule):
+        raise MisconfigurationException(
+            f"`{type(module).__name__}` must be a `LightningModule` of `lightning.pytorch`, got "
+            "one of another package. Replace `import pytorch_lightning as pl` by "
+            "`import lightning.pytorch as pl`: the classes of the two do not mix."
         )
 
 

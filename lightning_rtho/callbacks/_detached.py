@@ -30,7 +30,7 @@ class DetachedWeights(TorchFunctionMode):
         super().__init__()
         self._report = _warn if report is None else report
         self._detached = {id(weight): weakref.ref(weight) for weight in weights}
-        self._warned = False
+        self._has_told = False
 
     def __torch_function__(
         self,
@@ -40,7 +40,7 @@ class DetachedWeights(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Call a torch function and follow what it makes of detached values."""
-        if self._warned or func is Tensor.requires_grad_:  # which begins a graph and enters none
+        if self._has_told or func is Tensor.requires_grad_:  # which begins a graph and enters none
             return func(*args, **(kwargs or {}))
         inputs = list(_tensors((*args, *(kwargs or {}).values())))
         has_detached = any(map(self._is_detached, inputs))  # before `func` writes to one of them
@@ -60,8 +60,8 @@ class DetachedWeights(TorchFunctionMode):
         return output
 
     def _tell(self) -> None:
-        if not self._warned:
-            self._warned = True
+        if not self._has_told:
+            self._has_told = True
             self._report()
 
     def _is_detached(self, x: Tensor) -> bool:

@@ -1,6 +1,6 @@
 """Gradients that are known before backward, handed to the weights in its place."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,6 @@ class GradientHandOver:
         self._given: dict[Tensor, tuple[Tensor, int]] = {}
         self._passes = 0
         self._is_shared = False
-        self._others: Sequence[Tensor] | None = None
         self._is_written_to: bool | None = None  # in the first step
         self._first_step: list[tuple[Tensor, int]] = []
 
@@ -42,25 +41,29 @@ class GradientHandOver:
         pairs: Sequence[tuple[Tensor, Tensor]],
         *,
         may_share: bool,
-        others: Sequence[Tensor] | None,
+        others: Callable[[], Sequence[Tensor] | None],
     ) -> None:
         """Let the coming backward pass hand gradients over.
 
         Args:
             pairs: Weights and what they get, each ``[*P]``.
             may_share: Whether the step's gradient is that of this loss alone, as it is.
-            others: Other leaves that shall have their gradients, each ``[*X]``; None where there
-                are none and nobody else waits for the backward pass either.
+            others: Gives other leaves that shall have their gradients, each ``[*X]``; None where
+                there are none and nobody else waits for the backward pass either.
         """
-        self._others = others
         self._passes += 1
-        may_share = may_share and others is None and self._passes % _LOOK_EVERY > 0
-        may_share = may_share and self._is_written_to is False
-        self._is_shared = may_share and _may_be_shared(pairs)
-        self._module.backward = partial(self._backward, pairs)  # type: ignore[method-assign]
+        may_share = may_share and self._passes % _LOOK_EVERY > 0 and self._is_written_to is False
+        backward = partial(self._backward, pairs, may_share, others)
+        self._module.backward = backward  # type: ignore[method-assign]
 
     def _backward(
-        self, pairs: Sequence[tuple[Tensor, Tensor]], loss: Tensor, *args: Any, **kwargs: Any
+        self,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        may_share: bool,
+        find_others: Callable[[], Sequence[Tensor] | None],
+        loss: Tensor,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """Stand in for ``LightningModule.backward``."""
         restricted = sorted({"gradient", "inputs"} & kwargs.keys())
@@ -70,8 +73,10 @@ class GradientHandOver:
                 "cannot be followed. Scale the loss, or toggle the optimizer whose weights shall "
                 "move."
             )
-        if self._others is not None:
-            inputs = [*(param for param, _ in pairs), *self._others]
+        others = find_others()  # now: the module's own hook may just have asked for some
+        self._is_shared = may_share and others is None and _may_be_shared(pairs)
+        if others is not None:
+            inputs = [*(param for param, _ in pairs), *others]
             torch.autograd.backward(loss, inputs=inputs, retain_graph=True)
         elif self._is_shared:
             for param, gradient in pairs:
@@ -86,7 +91,6 @@ class GradientHandOver:
 
     def end_backward(self) -> None:
         """Give backward back to the module."""
-        self._others = None
         vars(self._module).pop("backward", None)
 
     def skip_step(self) -> None:

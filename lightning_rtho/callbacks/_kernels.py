@@ -15,8 +15,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils.checkpoint import CheckpointFunction
 
 __all__ = [
+    "differentiable_kernels",
     "is_compiled",
-    "native_recurrent_kernels",
     "twice_differentiable_kernels",
     "warn_of_eager_steps",
 ]
@@ -42,9 +42,7 @@ def twice_differentiable_kernels(module: nn.Module) -> Iterator[None]:
             stack.enter_context(mock.patch.object(place, "_weight_norm", _weight_norm))
         stack.enter_context(mock.patch.object(torch, "embedding", _dense_embedding))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(native_recurrent_kernels(module))
-        if is_compiled(module):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(differentiable_kernels(module))
         yield
 
 
@@ -54,18 +52,21 @@ def _weight_norm(direction: Tensor, length: Tensor, dim: int = 0) -> Tensor:
 
 
 @contextmanager
-def native_recurrent_kernels(module: nn.Module) -> Iterator[None]:
-    """Run recurrent layers by torch's own kernels.
+def differentiable_kernels(module: nn.Module) -> Iterator[None]:
+    """Choose, for a forward pass, implementations of which autograd sees all.
 
-    Those of cuDNN have no second derivative, and in evaluation mode not even a first.
+    Recurrent layers are run by torch's own kernels: those of cuDNN have no second derivative, and
+    in evaluation mode not even a first. Compiled modules run eagerly: they call nothing that stands
+    in for a function of torch.
 
     Args:
         module: The module that runs.
     """
-    if any(isinstance(layer, nn.RNNBase) for layer in module.modules()):
-        with torch.backends.cudnn.flags(enabled=False):
-            yield
-    else:
+    with ExitStack() as stack:
+        if any(isinstance(layer, nn.RNNBase) for layer in module.modules()):
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        if is_compiled(module):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
 

@@ -10,7 +10,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_rtho.linearization import ClipByNorm, ClipByValue, GradientClip, graph_nodes
+from lightning_rtho.callbacks._clipping import clipping, copied_gradients
+from lightning_rtho.linearization import GradientClip, graph_nodes
 from lightning_rtho.optim import DifferentiableOptimizer
 
 __all__ = ["ManualStep"]
@@ -105,11 +106,10 @@ class ManualStep:
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         known = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        by_value = str(gradient_clip_algorithm or "norm").lower() == "value"
-        if isinstance(known, DifferentiableOptimizer) and gradient_clip_val:
-            clip = ClipByValue(gradient_clip_val) if by_value else ClipByNorm(gradient_clip_val)
-            raw_grads = {p: p.grad.detach().clone() for p in known.params if p.grad is not None}
-            self._clipped[known] = clip, raw_grads
+        algorithm = gradient_clip_algorithm or self._module.trainer.gradient_clip_algorithm
+        clip = clipping(gradient_clip_val, algorithm)
+        if isinstance(known, DifferentiableOptimizer) and clip is not None:
+            self._clipped[known] = clip, copied_gradients(known.params)
         type(self._module).clip_gradients(
             self._module, optimizer, gradient_clip_val, gradient_clip_algorithm
         )

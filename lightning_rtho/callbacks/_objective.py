@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 
 from lightning_rtho.callbacks._isolation import isolated
-from lightning_rtho.callbacks._kernels import native_recurrent_kernels
+from lightning_rtho.callbacks._kernels import differentiable_kernels
 from lightning_rtho.callbacks._metric import MetricObjective
 from lightning_rtho.callbacks._replay import loss_scale
 from lightning_rtho.hypergradient import OuterGradient
@@ -87,24 +87,37 @@ class ValidationObjective:
         self._statistics = RunningStatistics(module)
         step = module.validation_step
         self._tells_loader = is_param_in_hook_signature(step, "dataloader_idx", explicit=True)
-        # Making the trainer's loaders may be costly.
-        asks = dataloader is None or self._tells_loader
-        loaders = _validation_loaders(trainer) if asks else []
         if dataloader is None and trainer.limit_val_batches == 0:
             raise MisconfigurationException(
                 "The outer objective needs validation data, but `Trainer(limit_val_batches=0)` "
                 "turns them off. Give the callback `dataloader=...`, or leave some batches."
             )
-        source = _only(loaders) if dataloader is None else dataloader
+        self._dataloader, self._batches = dataloader, batches
+        self._seed = trainer.strategy.broadcast(torch.initial_seed() % 2**63)
+        self._load()
+        self._seen: list[Any] = []
+
+    def _load(self) -> None:
+        """Begin the stream of validation batches."""
+        trainer = self._trainer
+        # Making the trainer's loaders may be costly.
+        asks = self._dataloader is None or self._tells_loader
+        loaders = _validation_loaders(trainer) if asks else []
+        source = _only(loaders) if self._dataloader is None else self._dataloader
         # What Lightning's own validation would tell the module of these batches.
         places = (i for i, loader in enumerate(loaders) if loader is source)
         self._dataloader_idx = next(places, 0)
-        seed = trainer.strategy.broadcast(torch.initial_seed() % 2**63)
         if isinstance(source, CombinedLoader):
             source = _Joint(source)
-        self._stream = CyclingBatches(source, seed, trainer.global_rank, trainer.world_size)
-        self._batches = batches
-        self._seen: list[Any] = []
+        self._stream = CyclingBatches(source, self._seed, trainer.global_rank, trainer.world_size)
+        self._loaded_epoch = trainer.current_epoch
+
+    def _reload_where_due(self) -> None:
+        """Begin the stream anew where Lightning makes its validation loaders anew."""
+        epochs: int = self._trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
+        age = self._trainer.current_epoch - self._loaded_epoch
+        if self._dataloader is None and 0 < epochs <= age:
+            self._load()
 
     def __call__(
         self,
@@ -129,10 +142,12 @@ class ValidationObjective:
             MisconfigurationException: If there is no validation batch, or the step returns no loss
                 that depends on the weights.
         """
+        if not again:
+            self._reload_where_due()
         before = self._stream.state_dict()
         with (
             isolated(self._trainer, self._module, RunningStage.VALIDATING),
-            native_recurrent_kernels(self._module),
+            differentiable_kernels(self._module),
             silenceable_hooks(),
         ):
             try:

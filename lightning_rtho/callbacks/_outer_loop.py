@@ -1,8 +1,8 @@
 """What is done where a hyper-batch ends: measure, judge, move."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -10,10 +10,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_rtho.callbacks._checks import refusals_explained
+from lightning_rtho.callbacks._detached import DetachedWeights
 from lightning_rtho.callbacks._objective import ValidationObjective
 from lightning_rtho.callbacks._run import FollowedRun
 from lightning_rtho.callbacks._safeguard import Safeguard
-from lightning_rtho.hypergradient import Fault
+from lightning_rtho.hypergradient import Fault, OuterGradient
 from lightning_rtho.hyperparameters import Hyperparameter
 from lightning_rtho.outer import HyperparameterDescent, relative_slopes
 
@@ -25,15 +26,19 @@ class Outcome(NamedTuple):
 
     Attributes:
         objective: E before it; NaN where it was not asked for.
-        hypergradient: dE/dlambda with respect to natural values ``[m]``; NaN where a run went back.
+        hypergradient: dE/dlambda with respect to natural values ``[m]``; NaN where a run was lost.
         sensitivity: See :class:`OuterUpdate`.
         action: What the safeguard did in its place: ``"lowered"``, ``"restored"`` or None.
+        times: How often it has done that in this run.
+        restored_step: Optimizer steps after which the state was kept that was restored.
     """
 
     objective: float
     hypergradient: Tensor
     sensitivity: float
-    action: str | None
+    action: Literal["lowered", "restored"] | None = None
+    times: int = 0
+    restored_step: int | None = None
 
 
 class OuterLoop:
@@ -42,7 +47,7 @@ class OuterLoop:
     Args:
         run: The run.
         objective: The outer objective.
-        hypers: The hyperparameters, each ``[*H]``, m entries in all.
+        tuned: The hyperparameters by name, each ``[*H]``, m entries in all.
         hyper_batch_size: Optimizer steps between updates.
         descent: What moves them; None leaves them where they are.
         safeguard: What takes a run back that is lost; None lets it be.
@@ -59,7 +64,7 @@ class OuterLoop:
         self,
         run: FollowedRun,
         objective: ValidationObjective,
-        hypers: Sequence[Hyperparameter],
+        tuned: Mapping[str, Hyperparameter],
         hyper_batch_size: int,
         descent: HyperparameterDescent | None,
         safeguard: Safeguard | None,
@@ -67,7 +72,8 @@ class OuterLoop:
     ) -> None:
         self.run, self.descent, self.safeguard = run, descent, safeguard
         self.nonfinite_steps = self._seen_steps = 0
-        self._objective, self._hypers, self._look = objective, list(hypers), look
+        self._objective, self._tuned, self._look = objective, tuned, look
+        self._has_warned = False
         self._hyper_batch_size = self._next_update = hyper_batch_size
 
     @property
@@ -78,11 +84,16 @@ class OuterLoop:
     def try_objective(self) -> None:
         """Evaluate the outer objective once, so that its errors come before a weight moves.
 
+        Warns of weights that it hides from its graph.
+
         Raises:
             MisconfigurationException: If nothing that the run moves has a part in it.
         """
+        trained = set(self.run.trained)
+        moving = [weight for weight in trained if weight.requires_grad]
         try:
-            outer, trained = self._evaluate(peek=True), set(self.run.trained)
+            with DetachedWeights(moving, _warn_of_detached):
+                outer = self._evaluate(peek=True)
         except MisconfigurationException:
             raise
         except Exception as error:
@@ -129,46 +140,73 @@ class OuterLoop:
         self._next_update += self._hyper_batch_size
         return self._update(step)
 
-    def _evaluate(self, **which: bool) -> Any:
-        return self._objective(self.run.method.params, self.run.method.hypers, **which)
+    def _evaluate(self, *, peek: bool = False, again: bool = False) -> OuterGradient:
+        method = self.run.method
+        return self._objective(method.params, method.hypers, peek=peek, again=again)
 
     def _update(self, step: int) -> Outcome | None:
         """Measure the hypergradient and move the hyperparameters; None where they are frozen."""
         method, safeguard = self.run.method, self.safeguard
         outer = self._evaluate()
+        self._warn_of_direct_part(outer)
         value, is_finite = outer.value.item(), outer.is_finite()
         gone_back = self._go_back(value)
         if gone_back is not None:
             return gone_back
         with refusals_explained():
             hypergradient = method.hypergradient(outer)
-        sensitivity = method.sensitivity(relative_slopes(self._hypers))
+        sensitivity = method.sensitivity(relative_slopes([*self._tuned.values()]))
         self._look(hypergradient)
         if safeguard is not None and is_finite and (action := safeguard.calms(value, sensitivity)):
-            if action == "restored":
-                method.take_faults()
-            return Outcome(value, hypergradient, sensitivity, action)
-        if self._is_frozen(step, is_finite, hypergradient):
+            return self._safeguarded(safeguard, action, value, hypergradient, sensitivity)
+        if self._freezes(step, is_finite, hypergradient):
             return None
         if safeguard is not None:
-            safeguard.look_at(value)
+            safeguard.go_on(value)
         if self.descent is not None:
             self._move(self.descent, hypergradient, value)
-        return Outcome(value, hypergradient, sensitivity, None)
+        return Outcome(value, hypergradient, sensitivity)
+
+    def _warn_of_direct_part(self, outer: OuterGradient) -> None:
+        """Say that the outer objective moves hyperparameters by what it makes of them itself."""
+        pairs = zip(self._tuned, outer.hypers, strict=True)
+        names = [name for name, part in pairs if part is not None and bool(part.any())]
+        if names and not self._has_warned:
+            self._has_warned = True
+            rank_zero_warn(
+                f"The outer objective depends on {' and '.join(f'`{name}`' for name in names)} "
+                "itself, not only by way of the weights, and is lowered by that as well. Leave "
+                "penalties and the weights of losses out of what `validation_step` returns, or "
+                "define `outer_step(batch, batch_idx)` without them."
+            )
 
     def _go_back(self, value: float) -> Outcome | None:
         """Go back to an earlier state if the run is lost."""
-        method = self.run.method
+        safeguard = self.safeguard
 
         def evaluate_again() -> float:
-            found: float = self._evaluate(again=True).value.item()
-            return found
+            return self._evaluate(again=True).value.item()
 
-        if self.safeguard is None or not self.safeguard.goes_back(value, evaluate_again):
+        if safeguard is None or not safeguard.goes_back(value, evaluate_again):
             return None
-        method.take_faults()  # they are those of the run that is given up
-        unknown = torch.full((method.entries,), math.nan, dtype=torch.float64)
-        return Outcome(value, unknown, math.nan, "restored")
+        unknown = torch.full((self.run.method.entries,), math.nan, dtype=torch.float64)
+        return self._safeguarded(safeguard, "restored", value, unknown, math.nan)
+
+    def _safeguarded(
+        self,
+        safeguard: Safeguard,
+        action: Literal["lowered", "restored"],
+        value: float,
+        hypergradient: Tensor,
+        sensitivity: float,
+    ) -> Outcome:
+        """Tell what was done in the place of an update."""
+        restored_step = None
+        if action == "restored":
+            self.run.method.take_faults()  # they are those of the run that is given up
+            restored_step = safeguard.best_step
+        times = safeguard.counts[action]
+        return Outcome(value, hypergradient, sensitivity, action, times, restored_step)
 
     def _move(self, descent: HyperparameterDescent, hypergradient: Tensor, value: float) -> None:
         """Move the hyperparameters, and the history with them."""
@@ -178,19 +216,17 @@ class OuterLoop:
         if old is not None:
             method.transport(old, descent.jacobian())
 
-    def _is_frozen(self, step: int, is_outer_finite: bool, hypergradient: Tensor) -> bool:
-        """Tell whether the hyperparameters stay, since something is not finite; count and warn."""
+    def _freezes(self, step: int, is_outer_finite: bool, hypergradient: Tensor) -> bool:
+        """Note what is not finite; tell whether hyperparameters stay where they are for it."""
         method, last = self.run.method, step - 1  # counted as the methods count
         faults = method.take_faults()
-        frozen = any(fault.step == last for fault in faults)
+        is_known = any(fault.step == last for fault in faults)
+        is_broken = is_outer_finite and not bool(hypergradient.isfinite().all())
         if not is_outer_finite:
             faults.append(Fault(last, "outer objective or its gradient"))
-            frozen = True
-        elif not bool(hypergradient.isfinite().all()):
-            faults += [] if frozen else [Fault(last, "hypergradient")]
-            frozen = True
-            method.reset()
-        if len(faults) >= self._hyper_batch_size:
+        elif is_broken and not is_known:
+            faults.append(Fault(last, "hypergradient"))
+        if is_broken or len(faults) >= self._hyper_batch_size:
             method.reset()
         if faults and not self.nonfinite_steps:
             rank_zero_warn(
@@ -199,7 +235,7 @@ class OuterLoop:
                 "them as `nonfinite_steps`, this is said once."
             )
         self.nonfinite_steps += len(faults)
-        return frozen
+        return is_known or is_broken or not is_outer_finite
 
     def state_dict(self) -> dict[str, Any] | None:
         """Return where the run stands, in tensors, numbers, lists and dicts, uncopied.
@@ -232,3 +268,11 @@ class OuterLoop:
             self.descent.load_state_dict(state["descent"])
         if self.safeguard is not None and state["safeguard"] is not None:
             self.safeguard.load_state_dict(state["safeguard"])
+
+
+def _warn_of_detached() -> None:
+    rank_zero_warn(
+        "The outer objective uses values that depend on the weights but were detached (`detach` or "
+        "`torch.no_grad` in `validation_step` or `outer_step`). Hypergradients take them for "
+        "constants, which they are not. Compute them with gradients."
+    )

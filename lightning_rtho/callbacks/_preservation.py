@@ -107,7 +107,7 @@ class _Held:
                 self._restorers.append(partial(_restore_array, value, value.copy()))
             return ()
         if isinstance(value, _GENERATORS):
-            self._restorers.append(partial(_restore_generator, value, _state_of(value)))
+            self._restorers.append(_restorer_of(value))
             return ()
         if isinstance(value, set):
             members = set(value)
@@ -188,21 +188,14 @@ def _restore_dict(namespace: dict[Any, Any], content: dict[Any, Any]) -> None:
             plain.__setitem__(namespace, key, value)
 
 
-def _restore_generator(generator: Any, state: Any) -> None:
-    """Let a random generator draw again what it drew from a state on."""
+def _restorer_of(generator: Any) -> Callable[[], None]:
+    """Return what lets a random generator draw again what it would draw now."""
     if isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = state
-    elif isinstance(generator, random.Random):
-        generator.setstate(state)
-    else:
-        generator.set_state(state)
-
-
-def _state_of(generator: Any) -> Any:
-    """Return what a random generator will draw next depends on."""
-    if isinstance(generator, np.random.Generator):
-        return generator.bit_generator.state
-    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
+        bits = generator.bit_generator
+        return partial(setattr, bits, "state", bits.state)
+    if isinstance(generator, random.Random):
+        return partial(generator.setstate, generator.getstate())
+    return partial(generator.set_state, generator.get_state())
 
 
 def _namespaces(module: nn.Module) -> list[dict[str, Any]]:

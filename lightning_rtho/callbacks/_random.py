@@ -36,7 +36,7 @@ def write_random_state(state: dict[str, Any]) -> None:
     if state["cuda"] and torch.cuda.is_available():
         # A checkpoint may come from a machine with more devices.
         torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
-    if state.get("mps") and torch.backends.mps.is_available():
+    if state["mps"] and torch.backends.mps.is_available():
         torch.mps.set_rng_state(state["mps"][0])
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import Any, Self
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
@@ -15,6 +15,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_rtho.callbacks._attributes import (
+    Attributes,
     PlainAttributes,
     put_attributes,
     saved_attributes,
@@ -118,23 +119,41 @@ def _copied(batch: Any) -> Any:
     return copied
 
 
+@dataclass(eq=False)
 class TrainingStepReplay:
     """What a ``training_step`` depended on, apart from the weights, so that it can run again.
 
-    Args:
-        trainer: The trainer, just before the step.
+    Attributes:
+        trainer: The trainer.
         module: The module.
-        batch: The batch on its device.
-        batch_idx: Its index in the epoch.
         statistics: The running statistics of the module.
-        buffers: Its buffers.
+        args: Arguments of the step, on their device.
+        scale: What the loss was multiplied by.
+        accumulated: Number of micro-batches that its gradient was averaged over.
+        random_state: State of the global generators.
+        progress: Where the trainer stood.
+        buffers: The module's buffers.
         attributes: Its plain attributes.
         bystanders: Weights that no optimizer trains but that something moves.
         is_sample: Whether the batch holds a part of the examples alone.
     """
 
-    def __init__(
-        self,
+    trainer: Trainer
+    module: LightningModule
+    statistics: RunningStatistics
+    args: list[Any]
+    scale: float
+    accumulated: int
+    random_state: dict[str, Any]
+    progress: _Progress
+    buffers: dict[str, BufferCopy]
+    attributes: Attributes
+    bystanders: list[Bystander]
+    is_sample: bool
+
+    @classmethod
+    def of_present(
+        cls,
         trainer: Trainer,
         module: LightningModule,
         batch: Any,
@@ -145,36 +164,40 @@ class TrainingStepReplay:
         bystanders: list[Bystander],
         *,
         is_sample: bool = False,
-    ) -> None:
-        self.is_sample = is_sample
-        self._bystanders = bystanders
-        self._trainer, self._module = trainer, module
-        self._statistics = statistics
-        self._args = [_copied(batch)]
-        if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2):
-            self._args.append(batch_idx)
-        self._scale = loss_scale(trainer)
-        self._accumulated = trainer.accumulate_grad_batches
-        self._random_state = read_random_state()
-        self._progress = _Progress(trainer, trainer.global_step, trainer.current_epoch)
-        self._buffers = buffers.take()
-        self._attributes = attributes.take()
+    ) -> Self:
+        """Make the replay of the step that is about to run.
 
-    def state_dict(self) -> dict[str, Any] | None:
-        """Return what the step depended on; None if its batch is of no plain kind."""
-        if not _is_plain(self._args):
-            return None
-        return {
-            "is_sample": self.is_sample,
-            "args": self._args,
-            "scale": self._scale,
-            "accumulated": self._accumulated,
-            "random_state": self._random_state,
-            "progress": [self._progress.global_step, self._progress.epoch],
-            "attributes": saved_attributes(self._attributes),
-            "buffers": changed_since(self._buffers, self._module),
-            "bystanders": [[*bystander] for bystander in self._bystanders],
-        }
+        Args:
+            trainer: The trainer.
+            module: The module.
+            batch: The batch on its device.
+            batch_idx: Its index in the epoch.
+            statistics: The running statistics of the module.
+            buffers: Copies its buffers.
+            attributes: Copies its plain attributes.
+            bystanders: Weights that no optimizer trains but that something moves.
+            is_sample: Whether the batch holds a part of the examples alone.
+
+        Returns:
+            The replay.
+        """
+        args = [_copied(batch)]
+        if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2):
+            args.append(batch_idx)
+        return cls(
+            trainer,
+            module,
+            statistics,
+            args,
+            loss_scale(trainer),
+            trainer.accumulate_grad_batches,
+            read_random_state(),
+            _Progress(trainer, trainer.global_step, trainer.current_epoch),
+            buffers.take(),
+            attributes.take(),
+            bystanders,
+            is_sample,
+        )
 
     @classmethod
     def from_state_dict(
@@ -184,7 +207,7 @@ class TrainingStepReplay:
         statistics: RunningStatistics,
         buffers: dict[str, BufferCopy],
         state: dict[str, Any],
-    ) -> "TrainingStepReplay":
+    ) -> Self:
         """Make the replay of a step of another run.
 
         Args:
@@ -197,38 +220,58 @@ class TrainingStepReplay:
         Returns:
             The replay.
         """
-        replay = cls.__new__(cls)
-        replay._trainer, replay._module, replay._statistics = trainer, module, statistics
-        replay.is_sample = state["is_sample"]
-        replay._args = move_data_to_device(state["args"], trainer.strategy.root_device)
-        replay._scale, replay._accumulated = state["scale"], state["accumulated"]
-        replay._random_state = state["random_state"]
-        replay._bystanders = [Bystander(*bystander) for bystander in state["bystanders"]]
-        replay._progress = _Progress(trainer, *state["progress"])
-        replay._attributes = {(place, name): value for place, name, value in state["attributes"]}
         device = trainer.strategy.root_device
-        replay._buffers = buffers | {
+        changed = {
             name: BufferCopy(None, None, None if value is None else value.to(device))
             for name, value in state["buffers"].items()
         }
-        return replay
+        return cls(
+            trainer,
+            module,
+            statistics,
+            move_data_to_device(state["args"], device),
+            state["scale"],
+            state["accumulated"],
+            state["random_state"],
+            _Progress(trainer, *state["progress"]),
+            buffers | changed,
+            {(place, name): value for place, name, value in state["attributes"]},
+            [Bystander(*bystander) for bystander in state["bystanders"]],
+            state["is_sample"],
+        )
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Return what the step depended on; None if its batch is of no plain kind."""
+        if not _is_plain(self.args):
+            return None
+        return {
+            "is_sample": self.is_sample,
+            "args": self.args,
+            "scale": self.scale,
+            "accumulated": self.accumulated,
+            "random_state": self.random_state,
+            "progress": [self.progress.global_step, self.progress.epoch],
+            "attributes": saved_attributes(self.attributes),
+            "buffers": changed_since(self.buffers, self.module),
+            "bystanders": [[*bystander] for bystander in self.bystanders],
+        }
 
     def __call__(self) -> TracedLoss:
         """Return the loss at the weights that the module has now."""
-        trainer, module = self._trainer, self._module
-        buffers = changed_since(self._buffers, module)
+        trainer, module = self.trainer, self.module
+        buffers = changed_since(self.buffers, module)
         with (
             isolated(trainer, module, RunningStage.TRAINING),
-            self._progress.restored(),
-            standing_at(self._bystanders, module),
+            self.progress.restored(),
+            standing_at(self.bystanders, module),
             twice_differentiable_kernels(module),
             silenceable_hooks(),
         ):
-            write_random_state(self._random_state)
+            write_random_state(self.random_state)
             put_buffers(module, buffers)
-            put_attributes(module, self._attributes)
-            self._statistics.start()
-            output: Any = trainer.strategy.training_step(*self._args)
+            put_attributes(module, self.attributes)
+            self.statistics.start()
+            output: Any = trainer.strategy.training_step(*self.args)
             loss = output["loss"] if isinstance(output, dict) else output
-            loss = loss / self._accumulated * self._scale
-            return TracedLoss(loss, self._statistics.collect(), self._scale)
+            loss = loss / self.accumulated * self.scale
+            return TracedLoss(loss, self.statistics.collect(), self.scale)

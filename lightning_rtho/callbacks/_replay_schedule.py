@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_rtho._types import State
 from lightning_rtho.callbacks._base import HypergradientCallback
+from lightning_rtho.callbacks._checks import check_package
 from lightning_rtho.callbacks._company import forget_what_is_given_up
 from lightning_rtho.callbacks._metrics import log_metrics
 from lightning_rtho.callbacks._run import schedulers_of
@@ -103,6 +104,7 @@ class ReplaySchedule(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse company that moves the same hyperparameters; forget what was read before."""
+        check_package(pl_module)
         if stage == "fit":  # Lightning then loads what it resumes from
             self._resumed_step, self._snapshot, self._buffers = None, {}, []
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]

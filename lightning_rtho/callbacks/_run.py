@@ -19,6 +19,7 @@ from lightning_rtho.callbacks._attributes import PlainAttributes
 from lightning_rtho.callbacks._buffers import BufferCopies
 from lightning_rtho.callbacks._bystanders import MovingBystanders
 from lightning_rtho.callbacks._checks import refusals_explained
+from lightning_rtho.callbacks._clipping import clipping, copied_gradients
 from lightning_rtho.callbacks._curvature import CurvatureSample
 from lightning_rtho.callbacks._detached import DetachedWeights
 from lightning_rtho.callbacks._hand_over import GradientHandOver
@@ -30,18 +31,17 @@ from lightning_rtho.callbacks._manual import ManualStep
 from lightning_rtho.callbacks._own_backward import warn_of_own_functions
 from lightning_rtho.callbacks._replay import TrainingStepReplay, loss_scale, noted_beginning
 from lightning_rtho.callbacks._snapshot import read_derivative_buffers, write_derivative_buffers
+from lightning_rtho.callbacks._unused import UnusedHyperparameters
+from lightning_rtho.dynamics import Transition
 from lightning_rtho.hypergradient import AbstractHypergradient, OptimizerStep, Recollection
 from lightning_rtho.hyperparameters import Hyperparameter
 from lightning_rtho.linearization import (
     BackwardHooks,
-    ClipByNorm,
-    ClipByValue,
     GradientClip,
     RunningStatistics,
     StatisticUpdate,
     TracedLoss,
     graph_leaves,
-    unheard,
 )
 from lightning_rtho.optim import DifferentiableOptimizer
 
@@ -87,19 +87,17 @@ class FollowedRun:
         self._statistics = RunningStatistics(module)
         self._buffers, self._attributes = BufferCopies(module), PlainAttributes(module)
         self._bystanders = MovingBystanders(module, self.trained)
-        self._clip = _clip(trainer)
+        self._clip = clipping(trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
         self._raw_grads: dict[Tensor, Tensor] = {}
         self._hand_over = GradientHandOver(module)
         self._manual = None if module.automatic_optimization else ManualStep(module)
         self._following = self._resting = self._warned_of_resting = False
         self._live: set[Tensor] = set()
-        self._watched = self._is_first_batch = False
-        self._watch = ExitStack()
-        self._forward_context = ExitStack()
+        self._has_watched = self._is_first_batch = False
+        self._first_watch = ExitStack()
+        self._forward_context, self._hook_watch = ExitStack(), ExitStack()
         self._replay: TrainingStepReplay | None = None
-        acting = {id(hyper) for optimizer in optimizers for hyper in optimizer.hyperparameters}
-        self._unseen = {name: hyper for name, hyper in tuned.items() if id(hyper) not in acting}
-        self._has_looked = False
+        self._unused = UnusedHyperparameters(tuned, optimizers)
         for optimizer in optimizers:
             optimizer.before_update = partial(self._before_update, optimizer)
             optimizer.after_update = self._after_update
@@ -112,11 +110,12 @@ class FollowedRun:
 
     def before_batch(self, batch_idx: int, *, follow: bool) -> None:
         """Make ready for the coming training step, if it is followed."""
-        self._watch.close()
-        self._forward_context.close()
+        self._close()
         if self._following and not follow:
             self._begin_anew()  # the run is not followed any more
         follow = follow and not self._resting
+        if not self._recorded:  # of a step that begins
+            self._hooks.have_changed = False
         self._following, self._replay = follow, None
         for optimizer in self._optimizers:
             optimizer.follow_schedulers(schedulers_of(self._trainer, optimizer.optimizer))
@@ -132,16 +131,16 @@ class FollowedRun:
                 self._forward_context.enter_context(noted_beginning(self._module, note))
             else:
                 self._forward_context.enter_context(twice_differentiable_kernels(self._module))
-            self._forward_context.enter_context(self._hooks.watched(self.method.params))
+            self._hook_watch.enter_context(self._hooks.watched(self.method.params))
             # Where losses are computed again, their statistics are, too.
             self._statistics.start(traced=not self.method.needs_replay)
             if self._manual is not None:
                 self._manual.start()
-            self._is_first_batch = not self._watched
+            self._is_first_batch = not self._has_watched
             if self._is_first_batch:
-                self._watched = True
+                self._has_watched = True
                 moving = [param for param in self.trained if param.requires_grad]
-                self._watch.enter_context(DetachedWeights(moving))
+                self._first_watch.enter_context(DetachedWeights(moving))
 
     def _note_beginning(self, batch_idx: int, batch: Any) -> None:
         """Take down what the training step depends on, as it begins."""
@@ -150,7 +149,7 @@ class FollowedRun:
     def _prepare_replay(self, batch: Any, batch_idx: int) -> TrainingStepReplay:
         """Make ready to compute the loss again: the whole in the first step, then of a sample."""
         replay = partial(
-            TrainingStepReplay,
+            TrainingStepReplay.of_present,
             self._trainer,
             self._module,
             batch_idx=batch_idx,
@@ -229,7 +228,7 @@ class FollowedRun:
     def before_backward(self, loss: Tensor) -> None:
         """Hand the loss to the method; where that gives the gradient, backward just uses it."""
         if self._manual is None:
-            self._watch.close()
+            self._first_watch.close()
             self._forward_context.close()
         if not self._following:
             return
@@ -237,7 +236,7 @@ class FollowedRun:
         updates = self._take_statistics()
         if not self._following:  # it rests
             return
-        self._look_for_unseen(loss)
+        self._unused.look_into(loss)
         if self._is_first_batch:
             warn_of_own_functions(loss)
         if self._manual is not None:
@@ -260,7 +259,8 @@ class FollowedRun:
                 and (self._manual is None or self._manual.takes_gradient(param))
             ]
             may_share = self._may_share_gradients(scale)
-            self._hand_over.give(pairs, may_share=may_share, others=self._others_waiting(loss))
+            others = partial(self._others_waiting, loss)
+            self._hand_over.give(pairs, may_share=may_share, others=others)
 
     def _may_share_gradients(self, scale: float) -> bool:
         """Tell whether nothing is known that adds to the gradients of a loss or changes them."""
@@ -279,21 +279,7 @@ class FollowedRun:
         others = [leaf for leaf in graph_leaves(loss) if id(leaf) not in known]
         return others if others or self._hooks.are_waiting else None
 
-    def _look_for_unseen(self, loss: Tensor) -> None:
-        """Strike off the hyperparameters on which the loss depends."""
-        self._has_looked = True
-        if self._unseen and loss.requires_grad:
-            with unheard():
-                found = torch.autograd.grad(
-                    loss, list(self._unseen.values()), retain_graph=True, allow_unused=True
-                )
-            self._unseen = {
-                name: hyper
-                for (name, hyper), gradient in zip(self._unseen.items(), found, strict=True)
-                if gradient is None
-            }
-
-    def begin_step(self) -> int:
+    def take_back_skipped_step(self) -> int:
         """Tell the method if the last step, of which it has seen the losses, was not made.
 
         A gradient scaler skips the step of an overflown gradient.
@@ -318,42 +304,47 @@ class FollowedRun:
     def before_clipping(self) -> None:
         """Take down the gradients that are about to be clipped."""
         if self._following and self._clip is not None:
-            self._raw_grads = {
-                param: param.grad.detach().clone()
-                for param in self.method.params
-                if param.grad is not None
-            }
+            self._raw_grads = copied_gradients(self.method.params)
 
     def after_batch(self) -> None:
         """End what lasts as long as a training step, which may have returned no loss."""
-        self._watch.close()
-        self._forward_context.close()
+        self._close()
         if self._following:
             self._record_statistics()
         if self._following and self._manual is not None:
             self._manual.stop()
-            self._refuse_unseen()
-
-    def _refuse_unseen(self) -> None:
-        """Refuse a hyperparameter that acts nowhere, once there was a loss."""
-        if self._unseen and self._has_looked:
-            name = next(iter(self._unseen))
-            raise MisconfigurationException(
-                f"`{name}` is declared as a hyperparameter but used nowhere: neither the optimizer "
-                "nor the loss of the first training step depends on it. Use it there, or name the "
-                "hyperparameters to tune, as in `RTHO(['lr'])`."
-            )
+            self._unused.refuse()
 
     def _before_update(self, optimizer: DifferentiableOptimizer) -> None:
         """Hand an optimizer's coming step to the method."""
-        self._watch.close()
+        self._first_watch.close()
         if self._resting:  # its backward pass may have needed what the method holds
             self._resting = self._recorded = False
             self._begin_anew()
         if not self._following:
             return
         if self._manual is None:
-            self._refuse_unseen()
+            self._unused.refuse()
+        self._refuse_edits(optimizer)
+        clip, raw_grads = self._clip, self._raw_grads
+        if self._manual is not None:
+            clip, raw_grads = self._manual.take_clip(optimizer)
+            self._manual.note_update(optimizer.params)
+            self._record_statistics()  # before their weights move
+            self._statistics.start()
+        transitions = optimizer.transitions(self._columns)
+        step = self._step(optimizer.params, transitions, clip, raw_grads)
+        self._is_advancing = True
+        with refusals_explained():
+            self.method.advance(step)
+        if self._manual is None:
+            self.method.forget_gradients(range(len(self.method.params)))
+        optimizer.carry_derivative_buffers(transitions)
+        self.steps += bool(transitions)
+        self._recorded, self._raw_grads = False, {}
+
+    def _refuse_edits(self, optimizer: DifferentiableOptimizer) -> None:
+        """Refuse what someone else has written to gradients or settings."""
         if self._hooks.have_changed:
             raise MisconfigurationException(
                 "A hook changes a gradient (`register_hook`, `register_full_backward_hook`), which "
@@ -367,37 +358,36 @@ class FollowedRun:
                 f"`{overwritten}` is tuned, but something other than the callback has changed it "
                 "in the optimizer. Shape a learning rate by a scheduler such as LambdaLR."
             )
-        clip, raw_grads = self._clip, self._raw_grads
-        if self._manual is not None:
-            clip, raw_grads = self._manual.take_clip(optimizer)
-            self._manual.note_update(optimizer.params)
-            self._record_statistics()  # before their weights move
-            self._statistics.start()
-        transitions = optimizer.transitions(self._columns)
-        trained = optimizer.params
-        raw = [raw_grads.get(trained[t.index], t.grad) for t in transitions]
+
+    def _step(
+        self,
+        trained: Sequence[Tensor],
+        transitions: Sequence[Transition],
+        clip: GradientClip | None,
+        raw_grads: Mapping[Tensor, Tensor],
+    ) -> OptimizerStep:
+        """Return an optimizer's step with the weights numbered as the method knows them."""
+        moved = [trained[transition.index] for transition in transitions]
         positions = {param: i for i, param in enumerate(self.method.params)}
-        followed = [replace(t, index=positions[trained[t.index]]) for t in transitions]
-        step = OptimizerStep(
-            followed,
-            raw,
+        pairs = list(zip(transitions, moved, strict=True))
+        return OptimizerStep(
+            [replace(transition, index=positions[param]) for transition, param in pairs],
+            [raw_grads.get(param, transition.grad) for transition, param in pairs],
             clip,
             self._trainer.global_step,
-            is_traced=self._hand_over.are_traced([trained[t.index] for t in transitions]),
+            is_traced=self._hand_over.are_traced(moved),
         )
-        self._is_advancing = True
-        with refusals_explained():
-            self.method.advance(step)
-        if self._manual is None:
-            self.method.forget_gradients(range(len(self.method.params)))
-        optimizer.carry_derivative_buffers(transitions)
-        self.steps += bool(transitions)
-        self._recorded, self._raw_grads = False, {}
 
     def _after_update(self) -> None:
         """Note that the step that the method knows has been made."""
         self._is_advancing = False
         self._hand_over.after_update()
+
+    def _close(self) -> None:
+        """End what lasts as long as a training step, or as its forward pass."""
+        self._first_watch.close()
+        self._forward_context.close()
+        self._hook_watch.close()
 
     def _record_statistics(self) -> None:
         """Record forward passes that no backward pass has followed."""
@@ -463,8 +453,7 @@ class FollowedRun:
     def end(self) -> None:
         """Let go of everything."""
         self.after_backward()
-        self._watch.close()
-        self._forward_context.close()
+        self._close()
         self._statistics.collect()
         self._hooks.end(self.method.params)
         self.method.reset()
@@ -527,11 +516,3 @@ def _columns(tuned: Mapping[str, Hyperparameter]) -> dict[int, int]:
         columns[id(hyper)] = entry
         entry += hyper.numel()
     return columns
-
-
-def _clip(trainer: Trainer) -> GradientClip | None:
-    """Return the clipping that the trainer was set to."""
-    limit = trainer.gradient_clip_val
-    if not limit:
-        return None
-    return ClipByValue(limit) if trainer.gradient_clip_algorithm == "value" else ClipByNorm(limit)

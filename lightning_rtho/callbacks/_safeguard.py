@@ -75,7 +75,7 @@ class Safeguard:
         hypers: Sequence[Hyperparameter],
         descent: HyperparameterDescent,
         *,
-        judges_objective: bool = True,
+        judges_objective: bool,
     ) -> None:
         self._module, self._method, self._optimizers = module, method, optimizers
         self._judges_objective = judges_objective
@@ -105,8 +105,8 @@ class Safeguard:
         if self.has_begun:
             self._keep(value)
 
-    def look_at(self, value: float) -> None:
-        """Keep the present state if it is the best so far by some way, or has other weights.
+    def go_on(self, value: float) -> None:
+        """Go on with the run; keep its state if it is the best by some way, or has other weights.
 
         Args:
             value: Its outer objective.
@@ -204,13 +204,15 @@ class Safeguard:
         """
         if self._sets_out_too_fast(value, sensitivity):
             self._restore(self._best)
-            self._retreat(f"the weights' sensitivity is {sensitivity:.3g} already, so the run began"
-                          " again")  # fmt: skip
+            found = f"the weights' sensitivity is {sensitivity:.3g} already"
+            self._retreat(f"{found}, so the run began again")
             return "restored"
         if sensitivity > _CHAOS:
             self._begin_anew(_CALMING)
-            self._note("lowered", f"the weights' sensitivity is {sensitivity:.3g}, where "
-                       "hypergradients mean nothing, so the learning rate was lowered")  # fmt: skip
+            found = (
+                f"the weights' sensitivity is {sensitivity:.3g}, where hypergradients mean nothing"
+            )
+            self._note("lowered", f"{found}, so the learning rate was lowered")
             return "lowered"
         return None
 

@@ -48,7 +48,8 @@ class Transition:
     """What the optimizer is about to do to one parameter: the arguments of Phi.
 
     Attributes:
-        index: Position of the parameter in the order of the optimizer's groups.
+        index: Position of the parameter among those that are followed; as an optimizer makes it,
+            in the order of its groups.
         rule: Phi.
         state: State before the update, ``[*P]`` or ``[]``.
         grad: Gradient as the optimizer sees it, after clipping ``[*P]``.

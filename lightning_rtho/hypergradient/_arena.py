@@ -39,7 +39,7 @@ class Arena:
         Args:
             tensors: The tensors, each ``[*P]``.
         """
-        return sum(_size(tensor) for tensor in tensors if _is_dense(tensor))
+        return sum(_size(tensor) for tensor in tensors if _is_laid_out(tensor))
 
     def __len__(self) -> int:
         """Bytes there are."""
@@ -59,7 +59,7 @@ class Arena:
             The copy ``[*P]``, detached.
         """
         start, end = self._used, self._used + _size(tensor)
-        if not _is_dense(tensor) or end > len(self):
+        if not _is_laid_out(tensor) or end > len(self):
             return tensor.detach().to(self._memory.device, copy=True)
         self._used = end
         piece = self._memory[start : start + tensor.numel() * tensor.element_size()]
@@ -100,7 +100,7 @@ class Arenas:
         self._free.append(arena)
 
 
-def _is_dense(tensor: Tensor) -> bool:
+def _is_laid_out(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and tensor.dim() > 0
 
 

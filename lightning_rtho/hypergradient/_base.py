@@ -9,10 +9,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lightning_rtho._numerics import are_finite, differ
-from lightning_rtho.distributed import is_distributed, mean_over_ranks
+from lightning_rtho._numerics import are_finite
 from lightning_rtho.dynamics import Transition, UpdateRule
-from lightning_rtho.hypergradient._fingerprint import fingerprint, have_other_sums
 from lightning_rtho.linearization import GradientClip, TracedLoss
 
 __all__ = [
@@ -24,7 +22,6 @@ __all__ = [
     "Recollection",
     "Replay",
     "add",
-    "edited",
 ]
 
 
@@ -119,7 +116,7 @@ class OuterGradient:
         return params
 
     def is_finite(self) -> bool:
-        """Tell whether value and derivatives are finite."""
+        """Tell whether the value and its derivatives by weights and hyperparameters are finite."""
         parts = [part for part in (self.value, *self.params, *self.hypers) if part is not None]
         return bool(are_finite(parts))
 
@@ -131,7 +128,8 @@ class AbstractHypergradient(ABC):
     and :meth:`hypergradient` after any step.
 
     Args:
-        params: All parameters of the optimizer, in its order, each ``[*P]``.
+        params: All weights that the loss may depend on and that move, each ``[*P]``; transitions
+            name them by their positions here.
         hypers: The hyperparameters, natural values, each ``[*H]``; those that may act in the loss
             require grad. Together they have m entries.
     """
@@ -296,31 +294,3 @@ def add(total: Tensor | None, part: Tensor | None) -> Tensor | None:
     if total is None or part is None:
         return part if total is None else total
     return total + part
-
-
-def edited(step: OptimizerStep, traced: Sequence[Tensor | None]) -> Tensor:
-    """Tell whether the optimizer's gradients are other than those of the traced losses, clipped.
-
-    Processes that train together compare sums, whose mean is the sum of the mean gradient: one
-    number each is exchanged.
-
-    Args:
-        step: The step; it has transitions.
-        traced: What this process's losses give, one a transition, each ``[*P]``; None is zero.
-
-    Returns:
-        A boolean ``[]``, not yet synchronised with the host.
-    """
-    if step.is_traced is not None:
-        return torch.tensor(not step.is_traced)
-    if is_distributed():
-        pairs = zip(step.raw_grads, traced, strict=True)
-        local = fingerprint([raw.new_zeros(1) if own is None else own for raw, own in pairs])[0]
-        (mean,) = mean_over_ranks([local], like=[local])
-        differs = have_other_sums(step.raw_grads, mean)
-    else:
-        differs = differ(step.raw_grads, traced)
-    if step.clip is not None:
-        grads = [transition.grad for transition in step.transitions]
-        differs = differs | differ(grads, step.clip(*step.raw_grads))
-    return differs

@@ -19,8 +19,8 @@ from lightning_rtho.hypergradient._base import (
     Recollection,
     Replay,
     add,
-    edited,
 )
+from lightning_rtho.hypergradient._edits import edited
 from lightning_rtho.hypergradient._tangents import Tangents, combined
 from lightning_rtho.linearization import (
     Linearization,

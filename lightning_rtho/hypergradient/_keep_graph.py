@@ -1,6 +1,5 @@
 """A tape that keeps the graphs of the losses."""
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple, final
@@ -14,7 +13,7 @@ from lightning_rtho.hypergradient._base import (
     Recollection,
     Replay,
 )
-from lightning_rtho.hypergradient._kept_step import copy_step
+from lightning_rtho.hypergradient._kept_step import copy_step, with_weights
 from lightning_rtho.hypergradient._saved import SavedWeights
 from lightning_rtho.hypergradient._tape import RecordedStep, Tape, already
 from lightning_rtho.linearization import Linearization, TracedLoss
@@ -35,7 +34,7 @@ class _KeptStep(NamedTuple):
 
 @final
 class KeepGraph(Tape):
-    """Keep the graph of every loss of the window: nothing is computed twice.
+    """Keep the graph of every loss of the window: no loss is computed twice.
 
     Memory: one training state and one graph a step of the window.
 
@@ -83,16 +82,12 @@ class KeepGraph(Tape):
         size = saved.size() + Arena.size_of(buffers)
         arena = self._arenas.take(params[0].device, size)
         copies = saved.copy(params, arena)
-        transitions = [
-            dataclasses.replace(t, state={**t.state, "param": copies[t.index]})
-            for t in step.transitions
-        ]
         ours = {id(copy) for copy in copies}
 
         def copy(tensor: Tensor) -> Tensor:
             return tensor if id(tensor) in ours else arena.copy(tensor)
 
-        step = copy_step(dataclasses.replace(step, transitions=transitions), copy)
+        step = copy_step(with_weights(step, copies), copy)
         versions = [transition.grad._version for transition in step.transitions]
         self._steps.append(_KeptStep(step, self._losses, versions, arena))
         self._losses = []

@@ -17,6 +17,7 @@ __all__ = [
     "gradients_of",
     "size_of_copies",
     "with_gradients",
+    "with_weights",
     "without_gradients",
 ]
 
@@ -43,6 +44,23 @@ def copy_step(step: OptimizerStep, copy: Callable[[Tensor], Tensor]) -> Optimize
     else:
         raw_grads = [copy(grad) for grad in step.raw_grads]
     return dataclasses.replace(step, transitions=transitions, raw_grads=raw_grads)
+
+
+def with_weights(step: OptimizerStep, weights: Sequence[Tensor]) -> OptimizerStep:
+    """Let a step read its weights from other tensors.
+
+    Args:
+        step: The step.
+        weights: All weights, each ``[*P]``.
+
+    Returns:
+        The step, of the same tensors otherwise.
+    """
+    transitions = [
+        dataclasses.replace(t, state={**t.state, "param": weights[t.index]})
+        for t in step.transitions
+    ]
+    return dataclasses.replace(step, transitions=transitions)
 
 
 def copy_weights(

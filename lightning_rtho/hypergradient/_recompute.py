@@ -20,6 +20,7 @@ from lightning_rtho.hypergradient._kept_step import (
     gradients_of,
     size_of_copies,
     with_gradients,
+    with_weights,
     without_gradients,
 )
 from lightning_rtho.hypergradient._tape import RecordedStep, Tape, already
@@ -98,7 +99,8 @@ class _ReplayTape(Tape):
             return Linearization(replay(), params, hypers)
 
         def recall(kept: _ReplayStep) -> RecordedStep:
-            step = copy_step(_at(params, kept.step), fetch)
+            here = [param.detach() for param in params]
+            step = copy_step(with_weights(kept.step, here), fetch)
             if kept.fingerprint is None:
                 lines = [partial(linearize, replay) for replay in kept.losses]
                 return RecordedStep(step, lines, any(loss.is_sample for loss in kept.losses))
@@ -211,15 +213,6 @@ def _transition_state(transition: Transition) -> list[dict[str, Any]]:
     names = ("index", "state", "grad", "hyper", "columns", "slopes")
     arguments = {name: getattr(transition, name) for name in names}
     return [dataclasses.asdict(transition.rule), arguments]
-
-
-def _at(params: Sequence[Tensor], step: OptimizerStep) -> OptimizerStep:
-    """Let a step read its weights where they stand now."""
-    transitions = [
-        dataclasses.replace(t, state={**t.state, "param": params[t.index].detach()})
-        for t in step.transitions
-    ]
-    return dataclasses.replace(step, transitions=transitions)
 
 
 def _exchange(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:

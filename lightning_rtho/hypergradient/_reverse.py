@@ -18,8 +18,8 @@ from lightning_rtho.hypergradient._base import (
     Recollection,
     Replay,
     add,
-    edited,
 )
+from lightning_rtho.hypergradient._edits import edited
 from lightning_rtho.hypergradient._tape import RecordedStep, Tape
 from lightning_rtho.linearization import Linearization, TracedLoss, fused_step_vjp, is_large
 
@@ -194,8 +194,10 @@ class ReverseHypergradient(AbstractHypergradient):
             raise GradientMismatchError(
                 "The gradient given to the optimizer is not the loss's: something between backward "
                 "and the optimizer's step changes gradients, or `training_step` does not compute "
-                "the same loss twice. Clip by `Trainer(gradient_clip_val=...)` and scale the loss "
-                "rather than its gradient."
+                "the same loss twice, as where compiled modules or fused kernels draw dropout "
+                "masks of their own. Clip by `Trainer(gradient_clip_val=...)`, scale the loss "
+                "rather than its gradient, and use `TRHO(tape=KeepGraph())`, which computes a loss "
+                "once, for such masks."
             )
         (mean,) = mean_over_ranks([total], like=[total])
         return total if mean is None else mean, are_finite(products)

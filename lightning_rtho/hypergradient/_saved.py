@@ -57,8 +57,8 @@ class SavedWeights:
     """
 
     def __init__(self, weights: Iterable[Tensor], buffers: Iterable[Tensor]) -> None:
-        self._bytes = {_address(w): _bytes_of(w) for w in weights if _is_dense(w)}
-        self._buffers = {_address(buffer) for buffer in buffers if _is_dense(buffer)}
+        self._bytes = {_address(w): _bytes_of(w) for w in weights if _has_memory(w)}
+        self._buffers = {_address(buffer) for buffer in buffers if _has_memory(buffer)}
 
     def hooks(self) -> saved_tensors_hooks:
         """Return a context for everything that makes graphs to be kept."""
@@ -79,10 +79,10 @@ class SavedWeights:
             Their copies, each ``[*P]``.
         """
         self._bytes = {at: arena.copy(content) for at, content in self._bytes.items()}
-        return [self._view(_locate(w)) if _is_dense(w) else w.detach().clone() for w in weights]
+        return [self._view(_locate(w)) if _has_memory(w) else w.detach().clone() for w in weights]
 
     def _pack(self, tensor: Tensor) -> _View | _Saved:
-        if _is_dense(tensor):
+        if _has_memory(tensor):
             address = _address(tensor)
             if address in self._bytes:
                 return _locate(tensor)
@@ -111,7 +111,7 @@ class SavedWeights:
         return empty.set_(content.untyped_storage(), start + view.offset, view.size, view.stride)
 
 
-def _is_dense(tensor: Tensor) -> bool:
+def _has_memory(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and tensor.numel() > 0
 
 

@@ -40,7 +40,7 @@ class Number(Tensor):
             leaves = list(_tensors((args, kwargs)))
             others = [leaf for leaf in leaves if not _is_number(leaf)]
             if len({leaf.device for leaf in others}) > 1:
-                args, kwargs = _brought_together(args, kwargs, others)
+                args, kwargs = _brought_together(func, args, kwargs, others)
             if others and len(others) < len(leaves):
                 return _call_with_numbers(func, args, kwargs, others)
             result = func(*args, **kwargs)
@@ -91,10 +91,20 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 
 def _brought_together(
-    args: tuple[Any, ...], kwargs: dict[str, Any], leaves: Sequence[Tensor]
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    leaves: Sequence[Tensor],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Send hyperparameters with a shape to the one device where the others are, as numbers go."""
-    devices = {leaf.device for leaf in leaves if not isinstance(leaf, Number)}
+    is_indexing = func is Tensor.__getitem__
+    devices = {
+        leaf.device
+        for leaf in leaves
+        if not isinstance(leaf, Number)
+        # On the host, scalars and indices meet tensors of any device.
+        and not (leaf.device.type == "cpu" and (leaf.dim() == 0 or is_indexing))
+    }
     if len(devices) != 1:
         return args, kwargs
     (device,) = devices

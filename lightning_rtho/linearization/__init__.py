@@ -3,14 +3,10 @@
 from lightning_rtho.linearization._clipping import ClipByNorm, ClipByValue, GradientClip
 from lightning_rtho.linearization._cohort import cohort_jvp, cohorts
 from lightning_rtho.linearization._fused import fused_step_jvp, fused_step_vjp, is_large
-from lightning_rtho.linearization._gradient import Linearization
+from lightning_rtho.linearization._gradient import Linearization, TracedLoss
 from lightning_rtho.linearization._graph import graph_leaves, graph_nodes
 from lightning_rtho.linearization._hooks import BackwardHooks, silenceable_hooks, unheard
-from lightning_rtho.linearization._statistics import (
-    RunningStatistics,
-    StatisticUpdate,
-    TracedLoss,
-)
+from lightning_rtho.linearization._statistics import RunningStatistics, StatisticUpdate
 from lightning_rtho.linearization._step import load_forward_mode, step_jvp, step_vjp
 from lightning_rtho.linearization._stop_gradient import (
     scale_gradient,

@@ -1,6 +1,7 @@
 """The gradient of one loss and products with its Hessian, from the loss's own graph."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, final
 
 import torch
@@ -10,10 +11,28 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from lightning_rtho._numerics import differ
 from lightning_rtho.linearization._graph import graph_leaves, graph_nodes
 from lightning_rtho.linearization._hooks import unheard
-from lightning_rtho.linearization._statistics import TracedLoss
+from lightning_rtho.linearization._statistics import StatisticUpdate
 from lightning_rtho.linearization._stop_gradient import changes_gradient, value_dependence
 
-__all__ = ["Linearization", "Product"]
+__all__ = ["Linearization", "Product", "TracedLoss"]
+
+
+@dataclass(frozen=True)
+class TracedLoss:
+    """Loss of one micro-batch and what computing it did to the running statistics.
+
+    Attributes:
+        value: The loss ``[]`` with its graph.
+        updates: Updates of running statistics, in the order in which they were made.
+        scale: What `value` is multiplied by, to keep small float16 gradients from vanishing; the
+            optimizer's gradient is freed of it.
+        is_shared: Whether parts of its graph may be those of another loss, too.
+    """
+
+    value: Tensor
+    updates: tuple[StatisticUpdate, ...] = ()
+    scale: float = 1.0
+    is_shared: bool = False
 
 
 class Product(NamedTuple):

@@ -2,7 +2,8 @@
 
 import weakref
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import wraps
 from itertools import chain
 from operator import is_
 from typing import Any, ClassVar, final
@@ -20,8 +21,8 @@ class BackwardHooks:
     """The hooks of a module's layers, of its weights, and of what its forward passes make.
 
     From the beginning on those of layers and weights are called in passes of others alone, not in
-    those that :func:`unheard` keeps from them; those of tensors, where they are registered in what
-    is :meth:`watched`.
+    those that :func:`unheard` keeps from them; those of tensors, and later ones of layers, where
+    they are registered in what is :meth:`watched`.
 
     Args:
         module: The module.
@@ -30,7 +31,8 @@ class BackwardHooks:
     Attributes:
         are_waiting: Whether someone waits for the gradients of layers, or of tensors other than
             weights in what was watched last.
-        have_changed: Whether a hook has returned another gradient than it was given since then.
+        have_changed: Whether a hook has returned another gradient than it was given; stays set
+            until someone clears it.
 
     Example:
         >>> import torch
@@ -52,7 +54,7 @@ class BackwardHooks:
 
     @contextmanager
     def watched(self, weights: Sequence[Tensor]) -> Iterator[None]:
-        """Watch a forward pass.
+        """Watch a training step, up to its end.
 
         Args:
             weights: The weights, among which there may be new ones, each ``[*P]``.
@@ -61,7 +63,7 @@ class BackwardHooks:
             Nothing.
         """
         self._take_in(weights)
-        self.are_waiting, self.have_changed = any(map(bool, self._of_layers())), False
+        self.are_waiting = any(map(bool, self._of_layers()))
         with silenceable_hooks(self._note_change, self._note_waiting):
             yield
 
@@ -118,7 +120,7 @@ def unheard() -> Iterator[None]:
 def silenceable_hooks(
     note_change: Callable[[], None] = lambda: None, note_waiting: Callable[[], None] = lambda: None
 ) -> Iterator[None]:
-    """Let tensors have hooks that :func:`unheard` silences.
+    """Let tensors and layers be given hooks that :func:`unheard` silences.
 
     Args:
         note_change: Called when one of them returns another gradient than it was given.
@@ -127,11 +129,15 @@ def silenceable_hooks(
     Yields:
         Nothing.
     """
-    register_hook, retain_grad = Tensor.register_hook, Tensor.retain_grad
+    retain_grad = Tensor.retain_grad
 
-    def register(tensor: Tensor, hook: Hook) -> Any:
-        note_waiting()
-        return register_hook(tensor, _SilenceableHook(hook, note_change))
+    def silenceable(register: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(register)
+        def stand_in(owner: Any, hook: Hook, *args: Any, **kwargs: Any) -> Any:
+            note_waiting()
+            return register(owner, _SilenceableHook(hook, note_change), *args, **kwargs)
+
+        return stand_in
 
     def retain(tensor: Tensor) -> None:
         note_waiting()
@@ -139,11 +145,20 @@ def silenceable_hooks(
         living = [reference for reference in _Unheard.retained if reference() is not None]
         _Unheard.retained = [*living, weakref.ref(tensor)]
 
-    with (
-        mock.patch.object(Tensor, "register_hook", register),
-        mock.patch.object(Tensor, "retain_grad", retain),
-    ):
+    with ExitStack() as stack:
+        for owner, name in _REGISTRATIONS:
+            stand_in = silenceable(getattr(owner, name))
+            stack.enter_context(mock.patch.object(owner, name, stand_in))
+        stack.enter_context(mock.patch.object(Tensor, "retain_grad", retain))
         yield
+
+
+_REGISTRATIONS: tuple[tuple[type, str], ...] = (
+    (Tensor, "register_hook"),
+    (nn.Module, "register_backward_hook"),
+    (nn.Module, "register_full_backward_hook"),
+    (nn.Module, "register_full_backward_pre_hook"),
+)
 
 
 class _Unheard:

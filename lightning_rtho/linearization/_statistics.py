@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_rtho._numerics import version_of
 
-__all__ = ["RunningStatistics", "StatisticUpdate", "TracedLoss"]
+__all__ = ["RunningStatistics", "StatisticUpdate"]
 
 
 @dataclass(frozen=True)
@@ -32,24 +32,6 @@ class StatisticUpdate:
     buffer: int
     factor: float
     statistic: Tensor
-
-
-@dataclass(frozen=True)
-class TracedLoss:
-    """Loss of one micro-batch and what computing it did to the running statistics.
-
-    Attributes:
-        value: The loss ``[]`` with its graph.
-        updates: Updates of running statistics, in the order in which they were made.
-        scale: What `value` is multiplied by, to keep small float16 gradients from vanishing; the
-            optimizer's gradient is freed of it.
-        is_shared: Whether parts of its graph may be those of another loss, too.
-    """
-
-    value: Tensor
-    updates: tuple[StatisticUpdate, ...] = ()
-    scale: float = 1.0
-    is_shared: bool = False
 
 
 @final

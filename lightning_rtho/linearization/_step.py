@@ -102,15 +102,29 @@ def _push_to(
     )
     total: Tensor | None = None
     for slope, dot in zip(slopes, dots, strict=True):
-        if slope is None:
+        diagonal: Tensor | None = slope
+        if slope is not None and slope.dim() < value.dim():
+            diagonal = _along_entries(slope, weights)
+        if diagonal is None:
             continue
-        if slope.dim() < value.dim():
-            (slope,) = torch.autograd.grad(slope, weights, retain_graph=True)
-        column = dot if dot.dim() > 1 else dot.to(slope).reshape(-1, *[1] * value.dim())
-        part = column * slope.detach()
+        column = dot if dot.dim() > 1 else dot.to(diagonal).reshape(-1, *[1] * value.dim())
+        part = column * diagonal.detach()
         total = part if total is None else total.add_(part)
-    assert total is not None
+    if total is None:
+        return value.new_zeros(m, *value.shape)
     return total.to(value.dtype) if value.dim() > 0 else total
+
+
+def _along_entries(slope: Tensor, weights: Tensor) -> Tensor | None:
+    """Return ds/dh ``[*P]`` of <u, ds/dh> ``[]``; None, or zero, where a sign or a step ended it.
+
+    Args:
+        slope: <u, ds/dh>.
+        weights: u ``[*P]``.
+    """
+    if not slope.requires_grad:
+        return None
+    return torch.autograd.grad(slope, weights, retain_graph=True, allow_unused=True)[0]
 
 
 def _split(state: State, state_dot: StateTangent) -> tuple[State, State]:

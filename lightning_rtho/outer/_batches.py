@@ -1,5 +1,6 @@
 """An endless stream of validation batches that touches nobody else's state."""
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -20,8 +21,8 @@ __all__ = ["CyclingBatches"]
 class CyclingBatches:
     """Batches of a loader, cycled without end, shuffled anew each cycle by an own generator.
 
-    The user's loader is never iterated itself where it is a ``DataLoader`` over a map-style
-    dataset: workers, samplers and global random state stay as they are.
+    A ``DataLoader`` is never iterated itself, but a new one over the same data, or a copy: its
+    workers and global random state stay as they are.
 
     Args:
         source: A ``DataLoader``, or any iterable that can be iterated again.
@@ -134,12 +135,15 @@ def _own_loader(
     source: Iterable[Any], generator: torch.Generator, rank: int, world_size: int
 ) -> Iterable[Any]:
     """Make a loader over the same data, shuffled by `generator` where the order is free."""
-    if not isinstance(source, DataLoader) or isinstance(source.dataset, IterableDataset):
+    if not isinstance(source, DataLoader):
         return source
     # A class of the user's may do more to a batch than it was told to. Private, but overridden.
     kind = type(source)
-    if (kind.__iter__, kind._get_iterator) != (DataLoader.__iter__, DataLoader._get_iterator):
-        return source
+    is_own = (kind.__iter__, kind._get_iterator) != (DataLoader.__iter__, DataLoader._get_iterator)
+    if is_own or isinstance(source.dataset, IterableDataset):
+        twin = copy.copy(source)
+        twin._iterator = None  # private: workers that persist, with a place of their own
+        return twin
     order: dict[str, Any]
     if (
         source.batch_size is None

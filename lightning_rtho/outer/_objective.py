@@ -36,7 +36,7 @@ def outer_gradient(
         Value and derivatives.
 
     Raises:
-        ValueError: If a loss does not depend differentiably on any weight.
+        ValueError: If a loss has no graph.
 
     Example:
         >>> w = torch.tensor([3.0], requires_grad=True)

@@ -139,7 +139,7 @@ class HyperparameterDescent:
 
         Args:
             hypergradient: dE/dlambda with respect to natural values ``[m]``.
-            objective: E; where it is not given, no rate moves farther as it does nothing.
+            objective: E, by which rates on their climb tell that they go too far; NaN ends it.
         """
         with torch.enable_grad():
             values = self._coordinates.to_natural(self.raw)

@@ -23,8 +23,8 @@ class OuterUpdate:
             learn stay below 5; from 10 on the safeguard takes hypergradients to mean nothing. NaN
             for `TRHO`, which does not know dw/dlambda.
         safeguard: What was done in the place of an ordinary update: ``"lowered"`` where the run was
-            chaotic, ``"restored"`` where it was lost and went back to its best state, which gives
-            no hypergradients (NaN); else None.
+            chaotic, ``"restored"`` where it went back to its best state: lost, without a
+            hypergradient (NaN), or chaotic from its start on; else None.
         restored_step: Optimizer steps after which the state was kept that a restored run went back
             to; else None.
 

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -189,3 +190,60 @@ def test_batches_that_several_loaders_make_together(is_given, data):
     found, expected = ([u.hypergradients["lr"] for u in c.schedule] for c in (callback, alone))
     assert len(found) == 4
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+class OwnLoader(DataLoader):
+    """Does more to a batch than it was told to."""
+
+    def __iter__(self):
+        yield from super().__iter__()
+
+
+@pytest.mark.parametrize("kind", ["class of its own", "iterable"])
+def test_workers_that_persist_are_the_users_alone(kind, data):
+    class Dropping(SmallNet):
+        def training_step(self, batch, batch_idx):
+            return super().training_step([F.dropout(batch[0]), batch[1]], batch_idx)
+
+    train, val = data
+    weights = []
+    for callbacks in ([], [RTHO(["lr"], hyper_batch_size=2, outer_optimizer=None)]):
+        workers = {"batch_size": BATCH, "num_workers": 1, "persistent_workers": True}
+        make, rows = (DataLoader, Stream(val)) if kind == "iterable" else (OwnLoader, val)
+        module = Dropping(lr=0.1)
+        fit(
+            module,
+            *callbacks,
+            steps=12,
+            train=DataLoader(train, batch_size=BATCH, shuffle=True),
+            val=make(rows, **workers),
+            check_val_every_n_epoch=1,
+        )
+        weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("every", [0, 1, 2])
+def test_the_outer_objective_is_taken_on_the_data_that_lightning_loads_anew(every, data):
+    told: list[tuple[int, float]] = []
+
+    class Telling(SmallNet):
+        def outer_step(self, batch, batch_idx):
+            told.append((self.current_epoch, batch[0][0, 0].item()))
+            return self.validation_step(batch, batch_idx)
+
+        def train_dataloader(self):
+            return DataLoader(data[0], batch_size=10)
+
+        def val_dataloader(self):
+            x = torch.full((4, 3), float(self.current_epoch))
+            return DataLoader(TensorDataset(x, torch.zeros(4, 1)), batch_size=4)
+
+    L.Trainer(
+        **{"accelerator": "cpu", "max_epochs": 4, "logger": False, "num_sanity_val_steps": 0},
+        **{"enable_checkpointing": False, "enable_progress_bar": False},
+        callbacks=[RTHO(["lr"], hyper_batch_size=2, summary=False)],
+        reload_dataloaders_every_n_epochs=every,
+    ).fit(Telling(lr=0.1))
+    loaded = {epoch: epoch // every * every if every else 0 for epoch in range(4)}
+    assert set(told) == set(loaded.items())

@@ -199,3 +199,36 @@ def test_weights_that_stay_frozen_are_not_warned_of():
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*were detached")
         fit(module, RTHO(["lr"], hyper_batch_size=2), steps=4)
+
+
+@pytest.mark.parametrize("hidden", [True, False])
+def test_weights_that_validation_hides_from_the_graph_are_warned_of(hidden):
+    class Hiding(SmallNet):
+        def validation_step(self, batch, batch_idx):
+            x, y = batch
+            with torch.set_grad_enabled(not hidden):
+                features = self.net[:2](x)
+            loss = F.mse_loss(self.net[2](features), y)
+            self.log("val_loss", loss.detach())
+            return loss
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(Hiding(lr=0.1), RTHO(["lr"], hyper_batch_size=2), steps=6)
+    found = [w for w in caught if "The outer objective uses values" in str(w.message)]
+    assert len(found) == hidden
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_an_outer_objective_with_the_penalty_in_it_is_warned_of(shared):
+    class Shared(SmallNet):
+        def validation_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx)
+
+    module = (Shared if shared else SmallNet)(**as_hyperparameters({"lr": 0.1, "l2": 0.01}))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(module, RTHO(hyper_batch_size=2), steps=6)
+    found = [str(w.message) for w in caught if "itself, not only" in str(w.message)]
+    assert len(found) == shared
+    assert all("depends on `l2` itself" in message for message in found)

@@ -38,6 +38,17 @@ def scaler() -> MixedPrecision:
     return MixedPrecision("16-mixed", DEVICE, torch.amp.GradScaler(DEVICE, init_scale=2.0**10))
 
 
+def test_a_setting_of_one_entry_and_an_index_of_the_host():
+    class Weighted(SmallNet):
+        def training_step(self, batch, batch_idx):
+            weight = self.l2[torch.tensor([0])] * torch.tensor(0.5)
+            return (super().training_step(batch, batch_idx) * weight).sum()
+
+    module = Weighted(lr=Hyperparameter([0.1], Positive()), l2=Hyperparameter([0.1], Positive()))
+    fit(module, callback := METHODS["forward"](), steps=4, **ON_GPU)
+    assert len(callback.schedule) == 1
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_method_gives_the_value_of_the_cpu(name):
     optimizer, settings = OPTIMIZERS[name]

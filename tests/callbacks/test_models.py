@@ -387,3 +387,26 @@ def test_kept_graphs_are_verified_anew_in_each_run():
     fit(SmallNet(optim.SGD, body=FOLLOWED["layer norm"], lr=0.1), callback, steps=4)
     with pytest.raises(MisconfigurationException, match="activation checkpointing"):
         fit(SmallNet(optim.SGD, body=FOLLOWED["checkpointed"], lr=0.1), callback, steps=4)
+
+
+def compiled_norm() -> nn.Module:
+    net = nn.Sequential(nn.Linear(FEATURES, 4), nn.BatchNorm1d(4, momentum=0.4), nn.Tanh())
+    return nn.Sequential(torch.compile(net, backend="aot_eager"), nn.Linear(4, 1))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_statistics_of_compiled_modules_are_followed(method):
+    """A compiled module calls nothing that stands in for a function of torch."""
+
+    def loss_at(lr: float) -> float:
+        module = SmallNet(optim.SGD, body=compiled_norm, lr=lr)
+        fit(module, steps=4)
+        with torch.compiler.set_stance("force_eager"):
+            return validation_loss(module)
+
+    callback = METHODS[method]()
+    fit(SmallNet(optim.SGD, body=compiled_norm, lr=0.1), callback, steps=4)
+    # Differences err by 1e-10 of the loss; see `finite_difference`.
+    assert callback.hypergradients["lr"].item() == pytest.approx(
+        finite_difference(0.1, loss_at), rel=1e-6
+    )

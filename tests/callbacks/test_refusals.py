@@ -10,7 +10,17 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import optim
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_rtho import RTHO, TRHO, Hyperparameter, Interval, KeepGraph, NonNegative, Positive
+from lightning_rtho import (
+    RTHO,
+    TRHO,
+    Hyperparameter,
+    Interval,
+    KeepGraph,
+    NonNegative,
+    Positive,
+    ReplaySchedule,
+    Schedule,
+)
 from tests.callbacks.problems import SmallNet, fit, loader
 
 
@@ -348,3 +358,31 @@ class ValidatesAnAverage(Untouched):
 def test_what_leaves_nothing_to_do_is_refused(make, module, settings, message):
     with pytest.raises(MisconfigurationException, match=message):
         fit(module(lr=0.1), make(), **settings)
+
+
+@pytest.mark.parametrize(
+    "callback", [RTHO(["lr"]), ReplaySchedule(Schedule(start={"lr": torch.tensor(0.1)}))]
+)
+def test_modules_of_the_other_package_are_refused_by_its_name(callback):
+    other = pytest.importorskip("pytorch_lightning")  # which `lightning` brings along
+
+    class Module(other.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Linear(3, 1)
+
+        def training_step(self, batch, batch_idx):
+            return (self.net(batch[0]) - batch[1]).square().mean()
+
+        validation_step = training_step
+
+        def configure_optimizers(self):
+            return optim.SGD(self.parameters(), lr=0.1)
+
+    trainer = other.Trainer(
+        **{"accelerator": "cpu", "max_steps": 4, "callbacks": [callback], "logger": False},
+        **{"enable_checkpointing": False, "enable_progress_bar": False},
+    )
+    data = loader(8, seed=1, batch_size=4)
+    with pytest.raises(MisconfigurationException, match=r"import lightning\.pytorch"):
+        trainer.fit(Module(), data, data)

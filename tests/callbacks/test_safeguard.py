@@ -10,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 import torchmetrics
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn, optim
 from torch.utils.data import DataLoader, IterableDataset
@@ -262,7 +262,15 @@ def test_no_rate_climbs_where_it_could_not_be_taken_back_or_need_not(callback):
     assert max(moves) < 0.9
 
 
-def test_a_climb_that_loses_nothing_ends_after_a_quarter_of_the_run():
+@pytest.mark.parametrize(
+    ("others", "length"),
+    [
+        ([], {"steps": 32}),
+        ([GradientAccumulationScheduler({0: 2})], {"steps": -1, "max_epochs": 11}),  # 3 each
+        ([GradientAccumulationScheduler({0: 2})], {"steps": 32}),
+    ],
+)
+def test_a_climb_that_loses_nothing_ends_after_a_quarter_of_the_run(others, length):
     class Unmoved(SmallNet):
         """The rate is that of weights which the objective does not depend on."""
 
@@ -272,12 +280,12 @@ def test_a_climb_that_loses_nothing_ends_after_a_quarter_of_the_run():
             return optim.SGD([{"params": self.net.parameters()}, free], lr=0.01)
 
     callback = TRHO(hyper_batch_size=2)
-    fit(Unmoved(lr=Hyperparameter(1e-3, Positive())), callback, steps=32)
+    fit(Unmoved(lr=Hyperparameter(1e-3, Positive())), callback, *others, **length)
     values = [callback.schedule.start["settings.lr"].item()]
     values += [update.values["settings.lr"].item() for update in callback.schedule]
     assert set(actions(callback)) == {None}
     assert values[4] / values[0] == pytest.approx(math.e**4, rel=1e-5)
-    assert values[4:] == [values[4]] * 13
+    assert values[4:] == [values[4]] * 13  # after 16 updates
 
 
 class Stream(IterableDataset):

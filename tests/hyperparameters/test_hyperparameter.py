@@ -561,3 +561,9 @@ def test_tensor_with_shape_goes_where_the_others_are(live: bool) -> None:
         assert result.device.type == "meta"
         assert result.requires_grad == live
     assert weights.device.type == "cpu"
+
+
+def test_tensor_with_shape_stays_where_it_is_among_numbers_and_indices_of_the_host() -> None:
+    weights = torch.ones(2, device="meta").as_subclass(Hyperparameter)
+    for result in (weights * torch.tensor(0.5), weights[torch.tensor([0])]):
+        assert result.device.type == "meta"

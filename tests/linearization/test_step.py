@@ -1,11 +1,13 @@
 """The chain rule through one update; tests/dynamics/test_rules.py holds it for every rule."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
+from lightning_rtho import Domain, Interval, Positive, UpdateRule
 from lightning_rtho.dynamics import SGDRule, Transition
 from lightning_rtho.linearization import step_jvp, step_vjp
 from tests.dynamics.cases import CASES, START, Case, warm_transition
@@ -24,6 +26,46 @@ def _momentum_transition(columns: dict[str, int]) -> Transition:
         hyper={name: torch.tensor(value) for name, value in settings.items()},
         columns=columns,
     )
+
+
+@dataclass(frozen=True)
+class _SignedRule(UpdateRule):
+    """Lion: v' = beta_2 v + (1 - beta_2) g, w' = w - eta sign(beta_1 v + (1 - beta_1) g)."""
+
+    domains: ClassVar[dict[str, Domain]] = {
+        "lr": Positive(),
+        "beta1": Interval(0, 1),
+        "beta2": Interval(0, 1),
+    }
+    buffers = ("exp_avg",)
+
+    def init(self, param: Tensor, hyper: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"exp_avg": torch.zeros_like(param)}
+
+    def update(
+        self, state: dict[str, Tensor], grad: Tensor, hyper: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        average, beta1, beta2 = state["exp_avg"], hyper["beta1"], hyper["beta2"]
+        direction = (beta1 * average + (1 - beta1) * grad).sign()
+        return {
+            "param": state["param"] - hyper["lr"] * direction,
+            "exp_avg": beta2 * average + (1 - beta2) * grad,
+        }
+
+
+def test_what_a_sign_hides_has_no_derivative() -> None:
+    settings = {"lr": LR, "beta1": 0.9, "beta2": 0.99}
+    state = {"param": torch.tensor([1.0, 2.0]), "exp_avg": torch.tensor([3.0, -1.0])}
+    grad = torch.tensor([0.5, 0.25])
+    hyper = {name: torch.tensor(value) for name, value in settings.items()}
+    transition = Transition(0, _SignedRule(), state, grad, hyper, {"beta1": 0, "lr": 1})
+    state_dot = {"param": torch.randn(2, 2), "exp_avg": torch.randn(2, 2)}
+    hyper_dot = {"beta1": torch.tensor([1.0, 0.0]), "lr": torch.tensor([0.0, 1.0])}
+    new_state_dot = step_jvp(transition, state_dot, torch.zeros(2, 2), hyper_dot)
+    signs = torch.tensor([1.0, -1.0])
+    expected = state_dot["param"] - hyper_dot["lr"][:, None] * signs
+    torch.testing.assert_close(new_state_dot["param"], expected, rtol=0, atol=0)
+    torch.testing.assert_close(new_state_dot["exp_avg"], 0.99 * state_dot["exp_avg"])
 
 
 def _zeros(transition: Transition, m: int) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:

@@ -57,7 +57,7 @@ def hypergradcheck(
     changed behind the optimizer's back, random numbers that are not those of torch's, numpy's and
     Python's global generators, or a run that is not smooth, where it is the differences that are
     wrong. The module and the random state are left as they were, and nothing is logged or saved.
-    The cost is 8 short fits for each hyperparameter and 4 more.
+    The cost is 8 short fits for each hyperparameter and at most 4 more.
 
     Args:
         module: The module.

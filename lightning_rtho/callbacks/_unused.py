@@ -1,0 +1,58 @@
+"""Hyperparameters that act nowhere, as where one was declared and forgotten."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_rtho.hyperparameters import Hyperparameter
+from lightning_rtho.linearization import unheard
+from lightning_rtho.optim import DifferentiableOptimizer
+
+__all__ = ["UnusedHyperparameters"]
+
+
+class UnusedHyperparameters:
+    """Those that have been seen to act neither in an optimizer nor in a loss.
+
+    Args:
+        tuned: Hyperparameters by name, each ``[*H]``.
+        optimizers: Where some of them act.
+    """
+
+    def __init__(
+        self, tuned: Mapping[str, Hyperparameter], optimizers: Sequence[DifferentiableOptimizer]
+    ) -> None:
+        acting = {id(hyper) for optimizer in optimizers for hyper in optimizer.hyperparameters}
+        self._left = {name: hyper for name, hyper in tuned.items() if id(hyper) not in acting}
+        self._has_looked = False
+
+    def look_into(self, loss: Tensor) -> None:
+        """Strike off those on which a loss depends.
+
+        Args:
+            loss: The loss ``[]``, with its graph.
+        """
+        self._has_looked = True
+        if self._left and loss.requires_grad:
+            with unheard():
+                found = torch.autograd.grad(
+                    loss, list(self._left.values()), retain_graph=True, allow_unused=True
+                )
+            pairs = zip(self._left.items(), found, strict=True)
+            self._left = {name: hyper for (name, hyper), gradient in pairs if gradient is None}
+
+    def refuse(self) -> None:
+        """Refuse one that is left, once there was a loss.
+
+        Raises:
+            MisconfigurationException: If there is one.
+        """
+        if self._left and self._has_looked:
+            name = next(iter(self._left))
+            raise MisconfigurationException(
+                f"`{name}` is declared as a hyperparameter but used nowhere: neither the optimizer "
+                "nor the loss of the first training step depends on it. Use it there, or name the "
+                "hyperparameters to tune, as in `RTHO(['lr'])`."
+            )
