@@ -22,7 +22,7 @@ from lightning_rtho.callbacks._metric import MetricObjective
 from lightning_rtho.callbacks._replay import loss_scale
 from lightning_rtho.hypergradient import OuterGradient
 from lightning_rtho.linearization import RunningStatistics, silenceable_hooks
-from lightning_rtho.outer import CyclingBatches, outer_gradient
+from lightning_rtho.outer import CyclingBatches, NoBatchError, NoGraphError, outer_gradient
 
 __all__ = ["ValidationObjective", "check_outer_steps"]
 
@@ -157,7 +157,7 @@ class ValidationObjective:
                     scale = loss_scale(self._trainer)
                     losses = self._losses()
                     outer = outer_gradient(losses, params, hypers, statistics, scale)
-            except ValueError as error:
+            except (NoBatchError, NoGraphError) as error:
                 raise MisconfigurationException(str(error)) from error
             if peek:
                 self._stream.load_state_dict(before)

@@ -15,7 +15,11 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-__all__ = ["CyclingBatches"]
+__all__ = ["CyclingBatches", "NoBatchError"]
+
+
+class NoBatchError(ValueError):
+    """A loader gave no batch where there must be one."""
 
 
 class CyclingBatches:
@@ -31,7 +35,7 @@ class CyclingBatches:
         world_size: Number of those processes; each sees a disjoint part.
 
     Raises:
-        ValueError: By :meth:`__next__`, if the source gives no batch.
+        NoBatchError: By :meth:`__next__`, if the source gives no batch.
 
     Example:
         >>> stream = CyclingBatches(DataLoader([0, 1, 2], batch_size=3), seed=0)
@@ -65,7 +69,7 @@ class CyclingBatches:
             for batch in self._iterator:
                 self._taken += 1
                 return batch
-        raise ValueError(
+        raise NoBatchError(
             "`dataloader` must give at least one validation batch each time, got an empty one. "
             "Check its dataset, `batch_size` and `drop_last`; a generator can be read only once."
         )

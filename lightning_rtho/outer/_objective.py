@@ -10,7 +10,11 @@ from lightning_rtho.distributed import mean_over_ranks
 from lightning_rtho.hypergradient import OuterGradient
 from lightning_rtho.linearization import unheard, value_dependence
 
-__all__ = ["outer_gradient"]
+__all__ = ["NoGraphError", "outer_gradient"]
+
+
+class NoGraphError(ValueError):
+    """A validation loss depends on nothing differentiably."""
 
 
 def outer_gradient(
@@ -36,7 +40,7 @@ def outer_gradient(
         Value and derivatives.
 
     Raises:
-        ValueError: If a loss has no graph.
+        NoGraphError: If a loss has none.
 
     Example:
         >>> w = torch.tensor([3.0], requires_grad=True)
@@ -50,7 +54,7 @@ def outer_gradient(
     for compute in losses:
         loss = compute()
         if not loss.requires_grad:
-            raise ValueError(
+            raise NoGraphError(
                 "The outer objective does not depend on the weights differentiably: "
                 "`validation_step` (or `outer_step`) returned a loss without a graph. Return the "
                 "loss itself, not a detached value or a metric computed from class decisions."

@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import functional as F
@@ -150,6 +151,36 @@ def test_one_optimizer_stepped_by_hand(make):
     for name in settings:
         expected = differenced(make, settings, 6, name)
         assert found[name] == pytest.approx(expected, rel=EXACT), name
+
+
+@pytest.mark.parametrize(
+    ("given", "of_trainer"),
+    [
+        ({"gradient_clip_algorithm": "value"}, {}),
+        ({"gradient_clip_algorithm": GradClipAlgorithmType.VALUE}, {}),
+        ({}, {"gradient_clip_algorithm": "value"}),
+        ({}, {}),
+    ],
+)
+def test_gradients_clipped_by_hand(given, of_trainer):
+    class Clipped(SmallNet):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            self.clip_gradients(optimizer, 0.1, **given)
+            optimizer.step()
+
+    def loss_at(lr: float) -> float:
+        fit(module := Clipped(lr=lr), steps=4, **of_trainer)
+        return validation_loss(module)
+
+    callback = RTHO(["lr"], hyper_batch_size=4, outer_optimizer=None)
+    fit(Clipped(lr=0.1), callback, steps=4, **of_trainer)
+    expected = finite_difference(0.1, loss_at)
+    assert callback.hypergradients["lr"].item() == pytest.approx(expected, rel=EXACT)
 
 
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "batch norm"])

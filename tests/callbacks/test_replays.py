@@ -357,3 +357,13 @@ def test_a_validation_step_that_misses_its_hooks_is_told_of_them():
     with pytest.raises(AttributeError, match="losses") as caught:
         fit(Listing(lr=0.1), RTHO(["lr"]), steps=4)
     assert "without the hooks of Lightning's validation" in caught.value.__notes__[0]
+
+
+def test_a_mistake_in_a_validation_step_comes_as_it_is():
+    class Mistaken(SmallNet):
+        def validation_step(self, batch, batch_idx):
+            raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine") as caught:
+        fit(Mistaken(lr=0.1), RTHO(["lr"]), steps=4)
+    assert "before training" in caught.value.__notes__[0]

@@ -15,7 +15,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_rtho.outer import CyclingBatches
+from lightning_rtho.outer import CyclingBatches, NoBatchError
 
 DATA = list(range(10))
 
@@ -206,5 +206,5 @@ def test_random_samplers_of_the_users_own_draw_anew_in_each_cycle():
     ids=["list", "no-data", "batch-too-large"],
 )
 def test_an_empty_source_is_refused(source):
-    with pytest.raises(ValueError, match="at least one validation batch"):
+    with pytest.raises(NoBatchError, match="at least one validation batch"):
         next(CyclingBatches(source, seed=0))

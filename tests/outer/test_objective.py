@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_rtho.outer import outer_gradient
+from lightning_rtho.outer import NoGraphError, outer_gradient
 
 
 def test_value_and_derivatives_are_means_over_the_batches():
@@ -67,7 +67,7 @@ def test_one_graph_is_held_at_a_time():
 )
 def test_a_loss_without_a_graph_is_refused(loss):
     w = torch.ones(2, requires_grad=True)
-    with pytest.raises(ValueError, match="does not depend on the weights"):
+    with pytest.raises(NoGraphError, match="does not depend on the weights"):
         outer_gradient([lambda: (w**2).sum(), lambda: loss(w)], [w], [])
 
 
