@@ -11,12 +11,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils.checkpoint import CheckpointFunction
 
 __all__ = [
     "differentiable_kernels",
     "is_compiled",
+    "repeatable_kernels",
     "twice_differentiable_kernels",
     "warn_of_eager_steps",
 ]
@@ -68,6 +70,28 @@ def differentiable_kernels(module: nn.Module) -> Iterator[None]:
         if is_compiled(module):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
+
+
+@contextmanager
+def repeatable_kernels(module: nn.Module) -> Iterator[None]:
+    """Choose, for a forward pass, implementations that draw what they would draw eagerly.
+
+    Compiled dropout draws its masks otherwise, so that no eager pass could be made with them.
+
+    Args:
+        module: The module that runs.
+    """
+    with ExitStack() as stack:
+        if is_compiled(module) and any(map(_drops, module.modules())):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+def _drops(layer: nn.Module) -> bool:
+    """Tell whether a layer is a dropout layer, or has dropout as attention and LSTMs have."""
+    # Private: what all layers of dropout have in common.
+    share = layer.p if isinstance(layer, _DropoutNd) else getattr(layer, "dropout", 0)
+    return isinstance(share, (int, float)) and share > 0
 
 
 _embedding = torch.embedding

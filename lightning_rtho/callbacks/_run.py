@@ -24,6 +24,7 @@ from lightning_rtho.callbacks._curvature import CurvatureSample
 from lightning_rtho.callbacks._detached import DetachedWeights
 from lightning_rtho.callbacks._hand_over import GradientHandOver
 from lightning_rtho.callbacks._kernels import (
+    repeatable_kernels,
     twice_differentiable_kernels,
     warn_of_eager_steps,
 )
@@ -129,6 +130,7 @@ class FollowedRun:
                     self.method.reset()
                 note = partial(self._note_beginning, batch_idx)
                 self._forward_context.enter_context(noted_beginning(self._module, note))
+                self._forward_context.enter_context(repeatable_kernels(self._module))
             else:
                 self._forward_context.enter_context(twice_differentiable_kernels(self._module))
             self._hook_watch.enter_context(self._hooks.watched(self.method.params))
