@@ -28,7 +28,7 @@ from lightning_rtho.callbacks._coupling import decoupled_coordinates, learning_r
 from lightning_rtho.callbacks._curvature import CurvatureSample
 from lightning_rtho.callbacks._diagnostics import Diagnostic, Diagnostics
 from lightning_rtho.callbacks._metric import MetricObjective
-from lightning_rtho.callbacks._metrics import log_metrics, metrics_of
+from lightning_rtho.callbacks._metrics import log_metrics, metrics_of, show_metrics
 from lightning_rtho.callbacks._objective import ValidationObjective, check_outer_steps
 from lightning_rtho.callbacks._outer_loop import Outcome, OuterLoop
 from lightning_rtho.callbacks._random import read_random_state, write_random_state
@@ -216,6 +216,8 @@ class HypergradientCallback(Callback):
             self._loop.try_objective()
         if self.summary:
             self._print_summary(trainer, pl_module)
+        if self.schedule:  # of the run that is resumed
+            show_metrics(trainer, metrics_of(self.schedule[-1]))
         self._bar = ReadableBar(trainer.progress_bar_callback, prefix="hyperparameter/")
         self._diagnostics.start(trainer)
 
@@ -352,8 +354,6 @@ class HypergradientCallback(Callback):
             log_metrics(trainer, {"nonfinite_steps": self._loop.nonfinite_steps})
         if self._loop.is_climbing:
             let_wait(trainer)
-        if outcome is not None or batch_idx == 0:  # Lightning forgets metrics when an epoch begins
-            self._show(trainer, pl_module)
 
     def _write_down(
         self, trainer: Trainer, module: LightningModule, loop: OuterLoop, outcome: Outcome
@@ -375,6 +375,7 @@ class HypergradientCallback(Callback):
         )
         self.schedule.append(update)
         metrics = metrics_of(update)
+        show_metrics(trainer, metrics)
         if outcome.action is not None:
             metrics[f"safeguard/{outcome.action}"] = outcome.times
         log_metrics(trainer, metrics)
@@ -396,15 +397,6 @@ class HypergradientCallback(Callback):
         scalars = self._diagnostics.scalars(hypergradients, self.hypergradients, tangents)
         log_metrics(trainer, scalars)
         self._diagnostics.write_histograms(trainer, hypergradients, tangents)
-
-    def _show(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the hyperparameters on the progress bar and among the callback metrics."""
-        if not self.schedule or trainer.barebones:
-            return
-        for name, value in metrics_of(self.schedule[-1]).items():
-            on_bar = name.startswith("hyperparameter/")
-            # The loggers have had it at its own step; `log` would wait for `log_every_n_steps`.
-            pl_module.log(name, value, prog_bar=on_bar, logger=False, on_step=True, on_epoch=False)
 
     # Checkpoints
 

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Mapping
 
+import torch
 from lightning.pytorch import Trainer
 
 from lightning_rtho.schedule import OuterUpdate
 
-__all__ = ["log_metrics", "logged_step", "metrics_of"]
+__all__ = ["log_metrics", "logged_step", "metrics_of", "show_metrics"]
 
 
 def metrics_of(update: OuterUpdate) -> dict[str, float]:
@@ -40,6 +41,21 @@ def log_metrics(trainer: Trainer, metrics: Mapping[str, float]) -> None:
     known = {name: value for name, value in metrics.items() if not math.isnan(value)}
     for logger in trainer.loggers if known else []:
         logger.log_metrics(known, step=logged_step(trainer))
+
+
+def show_metrics(trainer: Trainer, metrics: Mapping[str, float]) -> None:
+    """Let callbacks monitor what is known, and the progress bar show the hyperparameters.
+
+    Written there directly, where it stays until the next update: `LightningModule.log` takes a
+    millisecond for each name, and forgets it when an epoch ends.
+
+    Args:
+        trainer: The trainer.
+        metrics: Scalars by name.
+    """
+    trainer.callback_metrics.update({name: torch.tensor(x) for name, x in metrics.items()})
+    on_bar = {name: x for name, x in metrics.items() if name.startswith("hyperparameter/")}
+    trainer.progress_bar_metrics.update(on_bar)
 
 
 def logged_step(trainer: Trainer) -> int:
