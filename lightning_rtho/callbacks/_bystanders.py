@@ -1,11 +1,12 @@
 """Weights that no optimizer trains but that something moves, as those of a mean teacher."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 __all__ = ["Bystander", "MovingBystanders", "standing_at", "untrained_weights"]
 
@@ -147,11 +148,14 @@ def standing_at(bystanders: Sequence[Bystander], module: nn.Module) -> Iterator[
     weights = dict(module.named_parameters()) if bystanders else {}
     standing = [(weights[name], value) for name, value in bystanders if name in weights]
     present = [weight.data for weight, _ in standing]
+    # A graph that saves a weight itself would read it where it stands when it is differentiated.
+    graphs = saved_tensors_hooks(Tensor.detach, Tensor.detach) if standing else nullcontext()
     try:
         for (weight, value), now in zip(standing, present, strict=True):
             # Not in place, which would count as a move; a copy, since the step may move it, too.
             weight.data = torch.empty_like(now).copy_(value)
-        yield
+        with graphs:
+            yield
     finally:
         for (weight, _), now in zip(standing, present, strict=True):
             weight.data = now

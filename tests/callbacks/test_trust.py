@@ -483,6 +483,36 @@ def test_a_mean_teacher_stands_where_it_stood_while_steps_are_made_again(
     assert len(compared) == 4 - skipped
 
 
+@pytest.mark.parametrize(
+    "observe", [RTHO, TRHO, lambda *a, **kw: RTHO(*a, **kw, curvature_fraction=0.5)]
+)
+def test_a_moving_weight_that_gradients_flow_through_is_read_where_it_stood(observe):
+    class AsNumber(SmallNet):
+        def scale(self):
+            return 0.9**self.global_step
+
+        def training_step(self, batch, batch_idx):
+            return nn.functional.mse_loss(self.net(batch[0]) * self.scale(), batch[1])
+
+    class AsWeight(AsNumber):
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**settings)
+            self.weight = nn.Parameter(torch.ones(1, 1), requires_grad=False)
+
+        def scale(self):
+            return self.weight
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.weight.data.mul_(0.9)
+
+    found = []
+    for kind in (AsNumber, AsWeight):
+        callback = observe(["lr"], hyper_batch_size=2, outer_optimizer=None)
+        fit(kind(lr=0.1), callback, steps=8)
+        found.append([update.hypergradients["lr"] for update in callback.schedule])
+    torch.testing.assert_close(*found, rtol=1e-10, atol=0)  # rounding
+
+
 @pytest.mark.parametrize("observe", [TRHO, lambda *a, **kw: RTHO(*a, **kw, curvature_fraction=0.5)])
 def test_a_teacher_that_takes_gradients_but_gets_none_moves_once_a_step(observe):
     class Careless(MeanTeacher):
