@@ -143,6 +143,11 @@ class HypergradientCallback(Callback):
         """Whether a run that is lost goes back to a state that is kept."""
         return self.safeguard and self._sign > 0
 
+    def _follows(self, trainer: Trainer) -> bool:
+        """Tell whether the coming step is followed."""
+        last = math.inf if self.stop_step is None else self.stop_step
+        return self.start_step <= trainer.global_step < last
+
     def _updates(self, trainer: Trainer) -> float:
         """Return how many outer updates are left if the run is not ended early; else 0."""
         last = _last_step(trainer)
@@ -220,6 +225,7 @@ class HypergradientCallback(Callback):
             show_metrics(trainer, metrics_of(self.schedule[-1]))
         self._bar = ReadableBar(trainer.progress_bar_callback, prefix="hyperparameter/")
         self._diagnostics.start(trainer)
+        self._loop.run.make_live(self._follows(trainer))
 
     def _make_loop(
         self,
@@ -289,12 +295,11 @@ class HypergradientCallback(Callback):
                 write_random_state(self._random_state)
             self._random_state = None
         if self._loop is not None:
-            started = trainer.global_step >= self.start_step
-            stopped = self.stop_step is not None and trainer.global_step >= self.stop_step
-            if started and not stopped:
+            follow = self._follows(trainer)
+            if follow:
                 with signals_deferred():
                     self._loop.begin()
-            self._loop.run.before_batch(batch_idx, follow=started and not stopped)
+            self._loop.run.before_batch(batch_idx, follow=follow)
 
     @override
     def on_before_zero_grad(

@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 # Private: torch exports the functions that install these, not their types.
@@ -99,6 +100,12 @@ def refusals_explained() -> Iterator[None]:
         ) from error
     except RuntimeError as error:
         message = str(error)
+        if "backward through the graph a second time" in message:
+            raise MisconfigurationException(
+                "The loss depends on something that was computed before its training step, from a "
+                "hyperparameter (as in `on_after_batch_transfer` or `on_train_epoch_start`) or by "
+                "`stop_gradient` in an earlier step. Compute it inside of `training_step`."
+            ) from error
         if "derivative for" not in message and "differentiable" not in message:
             raise
         raise MisconfigurationException(
@@ -126,6 +133,13 @@ def check_modules(trainer: Trainer, module: LightningModule) -> None:
             )
         if isinstance(layer, nn.Embedding):
             _check_embedding(trainer, name, layer)
+            owners = [o for o in module.modules() if layer.weight in {*o._parameters.values()}]
+            if layer.padding_idx is not None and len(owners) > 1:
+                rank_zero_warn(
+                    f"`{name}` shares its weight, and gives the row `padding_idx` no gradient by "
+                    "reading it: hypergradients take that for one that is zero. They are exact "
+                    "where what is read there has no part in a loss, as where it is masked."
+                )
         if trainer.world_size > 1 and isinstance(layer, _BatchNorm):
             raise MisconfigurationException(
                 f"`{name}` is normalized by batch, which is not followed over several processes. "

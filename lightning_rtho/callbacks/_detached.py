@@ -17,11 +17,14 @@ class DetachedWeights(TorchFunctionMode):
     """Watches a forward pass and tells where detached values enter the loss.
 
     Values that depend on weights, but by ``detach`` or ``torch.no_grad`` carry no graph, are
-    followed until they meet a tensor that does.
+    followed until they meet a tensor that does, also from one pass to a later one.
 
     Args:
         weights: The weights that move, also those that a forward pass freezes, each ``[*P]``.
         report: Called once, where the first such value enters; by default it warns.
+
+    Attributes:
+        has_told: Whether it has been called.
     """
 
     def __init__(
@@ -30,7 +33,7 @@ class DetachedWeights(TorchFunctionMode):
         super().__init__()
         self._report = _warn if report is None else report
         self._detached = {id(weight): weakref.ref(weight) for weight in weights}
-        self._has_told = False
+        self.has_told = False
 
     def __torch_function__(
         self,
@@ -40,9 +43,9 @@ class DetachedWeights(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Call a torch function and follow what it makes of detached values."""
-        if self._has_told or func is Tensor.requires_grad_:  # which begins a graph and enters none
+        if self.has_told or func is Tensor.requires_grad_:  # which begins a graph and enters none
             return func(*args, **(kwargs or {}))
-        inputs = list(_tensors((*args, *(kwargs or {}).values())))
+        inputs = list(_tensors(_read(func, args, kwargs or {})))
         has_detached = any(map(self._is_detached, inputs))  # before `func` writes to one of them
         has_graph = any(x.requires_grad for x in inputs)
         if func is F.batch_norm and (kwargs or {})["training"] and self._is_detached(args[0]):
@@ -60,13 +63,27 @@ class DetachedWeights(TorchFunctionMode):
         return output
 
     def _tell(self) -> None:
-        if not self._has_told:
-            self._has_told = True
+        if not self.has_told:
+            self.has_told = True
             self._report()
 
     def _is_detached(self, x: Tensor) -> bool:
         known = self._detached.get(id(x))
         return known is not None and known() is x and not x.requires_grad
+
+
+def _read(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, ...]:
+    """Return the arguments of which a function reads more than shape, type and device."""
+    name = getattr(func, "__name__", "")
+    if name.endswith("_like") or name.startswith("new_"):
+        return (*args[1:], *kwargs.values())
+    return args[:1] if name in _TAKES_AFTER else (*args, *kwargs.values())
+
+
+_TAKES_AFTER = frozenset({"expand_as", "reshape_as", "to", "type_as", "view_as"})
+"""Functions that take shape or type from what follows their first argument."""
 
 
 def _tensors(tree: tuple[Any, ...]) -> Iterator[Tensor]:
@@ -83,5 +100,6 @@ def _warn() -> None:
         "`training_step` uses values that depend on the weights but were detached "
         "(`detach`, `torch.no_grad` or frozen weights). Hypergradients take them for "
         "constants, which they are not. Use `lightning_rtho.stop_gradient(x)` for "
-        "`x.detach()` if they shall be exact."
+        "`x.detach()` within a step if they shall be exact; what is carried from one step to the "
+        "next, as in a buffer, cannot be followed."
     )

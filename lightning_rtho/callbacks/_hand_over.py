@@ -21,8 +21,8 @@ class GradientHandOver:
     share the memory of the gradients that they are given, without a copy, once a step has shown
     that nobody writes to them, not even the optimizer, as foreach SGD with Nesterov's momentum. In
     every tenth step they do not, since writing through ``grad.data`` shows in values alone.
-    Where someone waits for the gradients of other tensors, backward runs after all, and leaves the
-    graph to us.
+    Where someone waits for the gradients of other tensors, or ours are rounded otherwise, backward
+    runs after all, and leaves the graph to us.
 
     Args:
         module: The module.
@@ -49,7 +49,7 @@ class GradientHandOver:
             pairs: Weights and what they get, each ``[*P]``.
             may_share: Whether the step's gradient is that of this loss alone, as it is.
             others: Gives other leaves that shall have their gradients, each ``[*X]``; None where
-                there are none and nobody else waits for the backward pass either.
+                the backward pass need not run.
         """
         self._passes += 1
         may_share = may_share and self._passes % _LOOK_EVERY > 0 and self._is_written_to is False

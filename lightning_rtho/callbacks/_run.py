@@ -42,7 +42,8 @@ from lightning_rtho.linearization import (
     RunningStatistics,
     StatisticUpdate,
     TracedLoss,
-    graph_leaves,
+    graph_nodes,
+    rounds_otherwise,
 )
 from lightning_rtho.optim import DifferentiableOptimizer
 
@@ -94,8 +95,9 @@ class FollowedRun:
         self._manual = None if module.automatic_optimization else ManualStep(module)
         self._following = self._resting = self._warned_of_resting = False
         self._live: set[Tensor] = set()
-        self._has_watched = self._is_first_batch = False
-        self._first_watch = ExitStack()
+        self._batches = 0
+        self._detached: DetachedWeights | None = None
+        self._detached_watch = ExitStack()
         self._forward_context, self._hook_watch = ExitStack(), ExitStack()
         self._replay: TrainingStepReplay | None = None
         self._unused = UnusedHyperparameters(tuned, optimizers)
@@ -109,6 +111,14 @@ class FollowedRun:
         """The weights that the optimizers have now."""
         return [param for optimizer in self._optimizers for param in optimizer.params]
 
+    def make_live(self, follow: bool) -> None:
+        """Let what is computed from hyperparameters have a graph, if the coming step is followed.
+
+        Batches are transferred, perhaps with their help, before Lightning tells that they begin.
+        """
+        for hyper in self._tuned.values():
+            hyper.requires_grad_(follow)
+
     def before_batch(self, batch_idx: int, *, follow: bool) -> None:
         """Make ready for the coming training step, if it is followed."""
         self._close()
@@ -120,8 +130,7 @@ class FollowedRun:
         self._following, self._replay = follow, None
         for optimizer in self._optimizers:
             optimizer.follow_schedulers(schedulers_of(self._trainer, optimizer.optimizer))
-        for hyper in self._tuned.values():
-            hyper.requires_grad_(follow)
+        self.make_live(follow)
         if follow:
             self._take_in_parameters()
             self.method.start(self._module.buffers())
@@ -138,11 +147,12 @@ class FollowedRun:
             self._statistics.start(traced=not self.method.needs_replay)
             if self._manual is not None:
                 self._manual.start()
-            self._is_first_batch = not self._has_watched
-            if self._is_first_batch:
-                self._has_watched = True
+            self._batches += 1
+            if self._detached is None:
                 moving = [param for param in self.trained if param.requires_grad]
-                self._first_watch.enter_context(DetachedWeights(moving))
+                self._detached = DetachedWeights(moving)
+            if not self._detached.has_told and _is_looked_at(self._batches):
+                self._detached_watch.enter_context(self._detached)
 
     def _note_beginning(self, batch_idx: int, batch: Any) -> None:
         """Take down what the training step depends on, as it begins."""
@@ -230,7 +240,7 @@ class FollowedRun:
     def before_backward(self, loss: Tensor) -> None:
         """Hand the loss to the method; where that gives the gradient, backward just uses it."""
         if self._manual is None:
-            self._first_watch.close()
+            self._detached_watch.close()
             self._forward_context.close()
         if not self._following:
             return
@@ -239,7 +249,7 @@ class FollowedRun:
         if not self._following:  # it rests
             return
         self._unused.look_into(loss)
-        if self._is_first_batch:
+        if self._batches == 1:
             warn_of_own_functions(loss)
         if self._manual is not None:
             self._manual.check_order(loss)
@@ -276,10 +286,13 @@ class FollowedRun:
         )
 
     def _others_waiting(self, loss: Tensor) -> list[Tensor] | None:
-        """Return leaves of a loss that get a gradient beside weights; None if nobody waits."""
+        """Return leaves of a loss that get a gradient beside weights; None if ours will do."""
         known = {id(tensor) for tensor in (*self.method.params, *self.method.hypers)}
-        others = [leaf for leaf in graph_leaves(loss) if id(leaf) not in known]
-        return others if others or self._hooks.are_waiting else None
+        nodes = [*graph_nodes([loss])]
+        leaves = (getattr(node, "variable", None) for node in nodes)
+        others = [leaf for leaf in leaves if leaf is not None and id(leaf) not in known]
+        is_asked = bool(others) or self._hooks.are_waiting or rounds_otherwise(nodes)
+        return others if is_asked else None
 
     def take_back_skipped_step(self) -> int:
         """Tell the method if the last step, of which it has seen the losses, was not made.
@@ -319,7 +332,7 @@ class FollowedRun:
 
     def _before_update(self, optimizer: DifferentiableOptimizer) -> None:
         """Hand an optimizer's coming step to the method."""
-        self._first_watch.close()
+        self._detached_watch.close()
         if self._resting:  # its backward pass may have needed what the method holds
             self._resting = self._recorded = False
             self._begin_anew()
@@ -387,7 +400,7 @@ class FollowedRun:
 
     def _close(self) -> None:
         """End what lasts as long as a training step, or as its forward pass."""
-        self._first_watch.close()
+        self._detached_watch.close()
         self._forward_context.close()
         self._hook_watch.close()
 
@@ -463,8 +476,13 @@ class FollowedRun:
             self._manual.stop()
         for optimizer in self._optimizers:
             optimizer.before_update = optimizer.after_update = None
-        for hyper in self._tuned.values():
-            hyper.requires_grad_(False)
+        self.make_live(False)
+
+
+def _is_looked_at(batch: int) -> bool:
+    """Tell whether to watch one of the batches, counted from 1, for values that are detached."""
+    # The first three, since values may be carried from one to the next, and ever fewer later.
+    return batch == 3 or batch.bit_count() == 1
 
 
 def schedulers_of(trainer: Trainer, optimizer: Optimizer) -> list[Any]:

@@ -53,6 +53,7 @@ class UnusedHyperparameters:
             name = next(iter(self._left))
             raise MisconfigurationException(
                 f"`{name}` is declared as a hyperparameter but used nowhere: neither the optimizer "
-                "nor the loss of the first training step depends on it. Use it there, or name the "
+                "nor the loss of the first training step depends on it. Use it there, inside of "
+                "`training_step` and not as a number (`math.exp(h)`, `float(h)`), or name the "
                 "hyperparameters to tune, as in `RTHO(['lr'])`."
             )

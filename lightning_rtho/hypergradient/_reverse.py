@@ -194,10 +194,10 @@ class ReverseHypergradient(AbstractHypergradient):
             raise GradientMismatchError(
                 "The gradient given to the optimizer is not the loss's: something between backward "
                 "and the optimizer's step changes gradients, or `training_step` does not compute "
-                "the same loss twice, as where compiled modules or fused kernels draw dropout "
-                "masks of their own. Clip by `Trainer(gradient_clip_val=...)`, scale the loss "
-                "rather than its gradient, and use `TRHO(tape=KeepGraph())`, which computes a loss "
-                "once, for such masks."
+                "the same loss twice, since it keeps state elsewhere than in buffers or kernels "
+                "draw dropout masks of their own. Clip by `Trainer(gradient_clip_val=...)` and "
+                "scale the loss rather than its gradient; use `TRHO(tape=KeepGraph())` where a "
+                "loss cannot be computed twice."
             )
         (mean,) = mean_over_ranks([total], like=[total])
         return total if mean is None else mean, are_finite(products)

@@ -90,7 +90,7 @@ class Tangents:
             entry: The hyperparameter entry.
         """
         return [
-            tangent["param"][entry].to(param.dtype) if tangent else None
+            _aligned(tangent["param"][entry].to(param.dtype)) if tangent else None
             for tangent, param in zip(self.states, self._params, strict=True)
         ]
 
@@ -221,6 +221,11 @@ class Tangents:
             return torch.zeros(self._entries).to(like)
         joined: Tensor = torch.stack(lengths).norm(dim=0).to(like)
         return joined
+
+
+def _aligned(row: Tensor) -> Tensor:
+    """Copy a row that begins within a pair of numbers, so that it can be viewed as complex."""
+    return row.clone() if row.storage_offset() % 2 else row
 
 
 def combined(weights: Tensor, rows: Tensor) -> Tensor:

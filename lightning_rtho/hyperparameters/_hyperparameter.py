@@ -43,7 +43,12 @@ class Number(Tensor):
                 args, kwargs = _brought_together(func, args, kwargs, others)
             if others and len(others) < len(leaves):
                 return _call_with_numbers(func, args, kwargs, others)
-            result = func(*args, **kwargs)
+            try:
+                result = func(*args, **kwargs)
+            except RuntimeError as error:
+                if "not differentiable with respect to argument" in str(error):
+                    error.add_note(_WHERE_NO_WEIGHTS_GO)
+                raise
             if others or type(result) is not Tensor or not result.is_floating_point():
                 return result
             if result.dim() == 0:
@@ -77,6 +82,12 @@ class Number(Tensor):
     def __format__(self, format_spec: str) -> str:
         """Format a scalar as the number it is."""
         return format(self.item() if self.dim() == 0 else repr(self), format_spec)
+
+
+_WHERE_NO_WEIGHTS_GO = (
+    "A hyperparameter stands where torch takes constants alone. Weigh the terms instead: "
+    "`weights[target] * cross_entropy(input, target, reduction='none')` for class weights."
+)
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

@@ -5,7 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["graph_leaves", "graph_nodes"]
+__all__ = ["graph_leaves", "graph_nodes", "rounds_otherwise"]
+
+_DECOMPOSED = frozenset({"Silu", "Mish", "NativeGroupNorm", "FusedRmsNorm", "LinalgSolveEx"})
+"""Operations whose gradient torch puts together from others where a graph of it is asked for."""
 
 
 def graph_nodes(tensors: Iterable[Tensor | None]) -> Iterator[Any]:
@@ -55,3 +58,21 @@ def graph_leaves(value: Tensor) -> Iterator[Tensor]:
         leaf = getattr(node, "variable", None)
         if leaf is not None:
             yield leaf
+
+
+def rounds_otherwise(nodes: Iterable[Any]) -> bool:
+    """Tell whether gradients are rounded otherwise where they get a graph.
+
+    Args:
+        nodes: Nodes of what they are taken of.
+
+    Returns:
+        Whether an operation among them is known for that.
+
+    Example:
+        >>> import torch
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> rounds_otherwise(graph_nodes([torch.nn.functional.silu(x)]))
+        True
+    """
+    return any(node.name().partition("Backward")[0] in _DECOMPOSED for node in nodes)

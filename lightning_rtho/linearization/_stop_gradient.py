@@ -16,7 +16,8 @@ def stop_gradient(x: Tensor) -> Tensor:
     Use it in the place of ``detach`` for what depends on the weights: the generated images in a
     discriminator's loss, a bootstrapped target. Training is the same. But the gradient's *value*
     depends on the weights through such a tensor, and so do hypergradients; ``detach`` hides that
-    from them, this does not. What ran under ``torch.no_grad`` is hidden, too.
+    from them, this does not. What ran under ``torch.no_grad`` is hidden, too. What is carried from
+    one training step to the next has to be detached, since backward lets the graph of a step go.
 
     Args:
         x: The tensor ``[*X]``.

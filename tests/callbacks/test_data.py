@@ -13,8 +13,16 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_rtho import RTHO, TRHO
-from tests.callbacks.problems import TRAIN_SIZE, VAL_SIZE, SmallNet, fit, loader
+from lightning_rtho import RTHO, TRHO, Hyperparameter, Positive
+from tests.callbacks.problems import (
+    TRAIN_SIZE,
+    VAL_SIZE,
+    SmallNet,
+    finite_difference,
+    fit,
+    loader,
+    validation_loss,
+)
 
 METHODS = {"forward": RTHO, "reverse": TRHO}
 BATCH = 4
@@ -247,3 +255,35 @@ def test_the_outer_objective_is_taken_on_the_data_that_lightning_loads_anew(ever
     ).fit(Telling(lr=0.1))
     loaded = {epoch: epoch // every * every if every else 0 for epoch in range(4)}
     assert set(told) == set(loaded.items())
+
+
+class Noisy(SmallNet):
+    """Noise, as strong as a hyperparameter says, is added as a batch is transferred."""
+
+    def __init__(self, h: Any, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.h = h
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        x, y = batch
+        return [x + self.h * torch.cos(5 * x), y] if self.trainer.training else batch
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + self.h**2 * self.net(batch[0]).mean()
+
+
+def test_a_hyperparameter_may_act_where_a_batch_is_transferred():
+    def loss_at(h: float) -> float:
+        fit(module := Noisy(h, lr=0.1), steps=4)
+        return validation_loss(module)
+
+    for callback in (RTHO(["h"], hyper_batch_size=4, outer_optimizer=None), TRHO(["h"])):
+        module = Noisy(Hyperparameter(0.3, Positive()), lr=0.1)
+        if isinstance(callback, TRHO):
+            with pytest.raises(MisconfigurationException, match="before its training step"):
+                fit(module, callback, steps=20)
+        else:
+            fit(module, callback, steps=4)
+            expected = finite_difference(0.3, loss_at)
+            # Differences are good to 1e-8 or so.
+            assert callback.hypergradients["h"].item() == pytest.approx(expected, rel=1e-6)

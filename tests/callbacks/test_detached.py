@@ -219,6 +219,50 @@ def test_weights_that_validation_hides_from_the_graph_are_warned_of(hidden):
     assert len(found) == hidden
 
 
+TEMPLATES = {
+    "zeros_like": lambda z: torch.zeros_like(z) + z,
+    "randn_like": lambda z: z + z.exp() * torch.randn_like(z),  # as in a variational autoencoder
+    "new_ones": lambda z: z * z.new_ones(1),
+    "type_as": lambda z: z - torch.ones(1).type_as(z),
+    "to": lambda z: z - torch.ones(1).to(z),
+    "distribution": lambda z: torch.distributions.Normal(z, z.exp()).rsample(),
+}
+
+
+@pytest.mark.parametrize("make", TEMPLATES)
+def test_what_has_the_shape_of_a_value_alone_is_not_warned_of(make):
+    class Shaped(SmallNet):
+        def training_step(self, batch, batch_idx):
+            return F.mse_loss(TEMPLATES[make](self.net(batch[0])), batch[1])
+
+        validation_step = training_step
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*were detached")
+        fit(Shaped(lr=0.1), RTHO(["lr"], hyper_batch_size=2), steps=4)
+
+
+@pytest.mark.parametrize("begins_at", [0, 1, 5])
+def test_what_is_carried_from_step_to_step_is_warned_of(begins_at):
+    """The centre that the outputs had so far, as of self-distillation."""
+
+    class Centred(SmallNet):
+        def __init__(self, **settings):
+            super().__init__(**settings)
+            self.register_buffer("centre", torch.zeros(1))
+
+        def training_step(self, batch, batch_idx):
+            predicted = self.net(batch[0])
+            loss = F.mse_loss(predicted - self.centre, batch[1])
+            if self.global_step >= begins_at:
+                with torch.no_grad():
+                    self.centre.mul_(0.9).add_(predicted.mean(0), alpha=0.1)
+            return loss
+
+    with pytest.warns(UserWarning, match="from one step to the next"):
+        fit(Centred(lr=0.1), RTHO(["lr"], hyper_batch_size=2), steps=20)
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_an_outer_objective_with_the_penalty_in_it_is_warned_of(shared):
     class Shared(SmallNet):

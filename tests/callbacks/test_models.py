@@ -424,3 +424,43 @@ def test_statistics_of_compiled_modules_are_followed(method):
     assert callback.hypergradients["lr"].item() == pytest.approx(
         finite_difference(0.1, loss_at), rel=1e-6
     )
+
+
+class Turned(nn.Module):
+    """Weights that are pairs of numbers, read as complex ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(FEATURES, 3)  # of an odd number of weights and biases
+        self.turn = nn.Parameter(torch.ones(3, 2))
+        self.last = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last((self.first(x) * torch.view_as_complex(self.turn)).abs())
+
+
+def test_weights_may_be_viewed_as_complex_numbers():
+    def loss_at(lr: float) -> float:
+        fit(module := SmallNet(optim.SGD, body=Turned, lr=lr, momentum=0.5), steps=4)
+        return validation_loss(module)
+
+    for make in (RTHO, TRHO):
+        callback = make(["lr", "momentum"], hyper_batch_size=4, outer_optimizer=None)
+        fit(SmallNet(optim.SGD, body=Turned, lr=0.1, momentum=0.5), callback, steps=4)
+        found = callback.hypergradients["lr"].item()
+        assert found == pytest.approx(finite_difference(0.1, loss_at), rel=1e-6)
+
+
+def test_padding_in_a_table_that_is_shared_is_warned_of():
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(4, 3, padding_idx=0)
+            self.head = nn.Linear(3, 4)
+            self.head.weight = self.table.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.table(x[:, 0].abs().long() % 4)).sum(1, keepdim=True)
+
+    with pytest.warns(UserWarning, match="`net.table` shares its weight"):
+        fit(SmallNet(optim.SGD, body=Shared, lr=0.1), METHODS["forward"](), steps=4)

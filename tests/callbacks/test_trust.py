@@ -532,3 +532,20 @@ def test_a_teacher_that_takes_gradients_but_gets_none_moves_once_a_step(observe)
     fit(observed, callback, steps=6)
     assert all(map(torch.equal, plain.parameters(), observed.parameters()))
     assert len(callback.schedule) == 3
+
+
+def silu_and_groups() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(FEATURES, 4), nn.GroupNorm(2, 4), nn.SiLU(), nn.Mish(), nn.Linear(4, 1)
+    )
+
+
+@pytest.mark.parametrize("observe", [RTHO, TRHO, lambda *a, **kw: TRHO(*a, **kw, tape=KeepGraph())])
+def test_observing_layers_that_torch_differentiates_otherwise_for_graphs_changes_nothing(observe):
+    torch.set_default_dtype(torch.float32)
+    plain, observed = (SmallNet(lr=0.1, body=silu_and_groups) for _ in range(2))
+    fit(plain, steps=8)
+    callback = observe(["lr"], hyper_batch_size=2, outer_optimizer=None)
+    fit(observed, callback, steps=8)
+    assert all(map(torch.equal, plain.parameters(), observed.parameters()))
+    assert len(callback.schedule) == 4

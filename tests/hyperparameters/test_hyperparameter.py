@@ -567,3 +567,10 @@ def test_tensor_with_shape_stays_where_it_is_among_numbers_and_indices_of_the_ho
     weights = torch.ones(2, device="meta").as_subclass(Hyperparameter)
     for result in (weights * torch.tensor(0.5), weights[torch.tensor([0])]):
         assert result.device.type == "meta"
+
+
+def test_where_torch_takes_no_live_weights_what_to_write_instead_is_said() -> None:
+    weights = Hyperparameter([1.0, 2.0], Real()).requires_grad_()
+    with pytest.raises(RuntimeError, match="not differentiable") as caught:
+        torch.nn.functional.cross_entropy(torch.zeros(3, 2), torch.zeros(3).long(), weight=weights)
+    assert "weights[target] *" in caught.value.__notes__[0]

@@ -88,19 +88,20 @@ class StepTrace(Callback):
 
     def _watched(self, module: LightningModule, name: str) -> Callable[..., Any]:
         step = getattr(module, name)
+        sources: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
+        sources += declared_hyperparameters(module).values()
+
+        def report() -> None:
+            line = _user_line()
+            if line is not None:
+                self.detached[f"`{name}`, {line}"] = None
+
+        watch = DetachedWeights(sources, report)  # values may be carried from step to step
 
         @wraps(step)
         def watched(*args: Any, **kwargs: Any) -> Any:
-            sources: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
-            sources += declared_hyperparameters(module).values()
-
-            def report() -> None:
-                line = _user_line()
-                if line is not None:
-                    self.detached[f"`{name}`, {line}"] = None
-
             with ExitStack() as stack:
-                stack.enter_context(DetachedWeights(sources, report))
+                stack.enter_context(watch)
                 stack.enter_context(_TakenOut(report))
                 output = step(*args, **kwargs)
             loss = output.get("loss") if isinstance(output, dict) else output
