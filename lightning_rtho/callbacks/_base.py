@@ -21,12 +21,14 @@ from lightning_rtho.callbacks._checks import (
     check_modules,
     check_optimizers,
     check_settings,
+    note_what_helps,
     refusals_explained,
 )
 from lightning_rtho.callbacks._company import forget_what_is_given_up, let_wait
 from lightning_rtho.callbacks._coupling import decoupled_coordinates, learning_rates
 from lightning_rtho.callbacks._curvature import CurvatureSample
 from lightning_rtho.callbacks._diagnostics import Diagnostic, Diagnostics
+from lightning_rtho.callbacks._loss_scale import gradient_scaler
 from lightning_rtho.callbacks._metric import MetricObjective
 from lightning_rtho.callbacks._metrics import log_metrics, metrics_of, show_metrics
 from lightning_rtho.callbacks._objective import ValidationObjective, check_outer_steps
@@ -190,9 +192,6 @@ class HypergradientCallback(Callback):
         check_modules(trainer, pl_module)
         check_optimizers(trainer)
         self._tuned = select_hyperparameters(self._selection, pl_module, trainer.optimizers)
-        for hyper in self._tuned.values():
-            if hyper.dim() > 0:
-                hyper.data = hyper.data.to(pl_module.device)
         if self._resumed is not None:
             self._take_back_values(self._resumed)
             self._take_back_random_state(trainer, self._resumed)
@@ -225,7 +224,7 @@ class HypergradientCallback(Callback):
             show_metrics(trainer, metrics_of(self.schedule[-1]))
         self._bar = ReadableBar(trainer.progress_bar_callback, prefix="hyperparameter/")
         self._diagnostics.start(trainer)
-        self._loop.run.make_live(self._follows(trainer))
+        self._loop.run.await_batch(follow=self._follows(trainer))
 
     def _make_loop(
         self,
@@ -307,7 +306,7 @@ class HypergradientCallback(Callback):
     ) -> None:
         """Begin a new gradient; a step that was prepared and not made has been skipped."""
         if self._loop is not None and self._loop.run.take_back_skipped_step() == 1:
-            has_scaler = getattr(trainer.precision_plugin, "scaler", None) is not None
+            has_scaler = gradient_scaler(trainer) is not None
             why = ", since its scaled gradient overflowed" if has_scaler else ""
             rank_zero_warn(
                 f"{type(self).__name__}: step {trainer.global_step} was skipped{why}. "
@@ -359,6 +358,7 @@ class HypergradientCallback(Callback):
             log_metrics(trainer, {"nonfinite_steps": self._loop.nonfinite_steps})
         if self._loop.is_climbing:
             let_wait(trainer)
+        self._loop.run.await_batch(follow=self._follows(trainer))
 
     def _write_down(
         self, trainer: Trainer, module: LightningModule, loop: OuterLoop, outcome: Outcome
@@ -466,6 +466,7 @@ class HypergradientCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Leave nothing behind but what a checkpoint of where the run stood needs."""
+        note_what_helps(exception)
         self._end(trainer)
 
     @override

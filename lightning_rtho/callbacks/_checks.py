@@ -17,6 +17,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.utils.checkpoint import CheckpointError
 
+from lightning_rtho.callbacks._loss_scale import gradient_scaler
 from lightning_rtho.hypergradient import GradientMismatchError
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "check_optimizers",
     "check_package",
     "check_settings",
+    "note_what_helps",
     "refusals_explained",
 ]
 
@@ -79,13 +81,29 @@ def check_package(module: Any) -> None:
         )
 
 
+_NO_HOOKS = "saved tensor hooks"  # in torch's words
+
+
+def note_what_helps(error: BaseException) -> None:
+    """Say of an error in a training step what makes up for it, if it comes by way of us.
+
+    Args:
+        error: The error.
+    """
+    if isinstance(error, RuntimeError) and _NO_HOOKS in str(error):
+        error.add_note(
+            "`TRHO(tape=KeepGraph())` keeps graphs by such hooks, beside which torch takes no "
+            "`torch.func`. Use `RTHO`, or `TRHO()` without it."
+        )
+
+
 @contextmanager
 def refusals_explained() -> Iterator[None]:
     """Turn what the mathematics below refuses into an error about the user's setting.
 
     Raises:
         MisconfigurationException: If an operation has no second derivative, the optimizer's
-            gradient is not the loss's, or a checkpointed part computes something else again.
+            gradient is not the loss's, or a part of a step cannot be computed again as it was.
         RuntimeError: If it is another, as it came.
     """
     try:
@@ -103,8 +121,14 @@ def refusals_explained() -> Iterator[None]:
         if "backward through the graph a second time" in message:
             raise MisconfigurationException(
                 "The loss depends on something that was computed before its training step, from a "
-                "hyperparameter (as in `on_after_batch_transfer` or `on_train_epoch_start`) or by "
-                "`stop_gradient` in an earlier step. Compute it inside of `training_step`."
+                "hyperparameter (as in `on_after_batch_transfer`) or by `stop_gradient` in an "
+                "earlier step. Compute it inside of `training_step`."
+            ) from error
+        if _NO_HOOKS in message:
+            raise MisconfigurationException(
+                "`training_step` uses `torch.func` beside a network that something other than an "
+                "optimizer moves, and torch cannot make such a step again. Use `RTHO`, without "
+                "`curvature_fraction`."
             ) from error
         if "derivative for" not in message and "differentiable" not in message:
             raise
@@ -133,13 +157,7 @@ def check_modules(trainer: Trainer, module: LightningModule) -> None:
             )
         if isinstance(layer, nn.Embedding):
             _check_embedding(trainer, name, layer)
-            owners = [o for o in module.modules() if layer.weight in {*o._parameters.values()}]
-            if layer.padding_idx is not None and len(owners) > 1:
-                rank_zero_warn(
-                    f"`{name}` shares its weight, and gives the row `padding_idx` no gradient by "
-                    "reading it: hypergradients take that for one that is zero. They are exact "
-                    "where what is read there has no part in a loss, as where it is masked."
-                )
+            _warn_of_shared_padding(module, name, layer)
         if trainer.world_size > 1 and isinstance(layer, _BatchNorm):
             raise MisconfigurationException(
                 f"`{name}` is normalized by batch, which is not followed over several processes. "
@@ -178,6 +196,18 @@ def _check_embedding(trainer: Trainer, name: str, layer: nn.Embedding) -> None:
         )
 
 
+def _warn_of_shared_padding(module: nn.Module, name: str, layer: nn.Embedding) -> None:
+    if layer.padding_idx is None:
+        return
+    owners = [o for o in module.modules() if layer.weight in {*o._parameters.values()}]
+    if len(owners) > 1:
+        rank_zero_warn(
+            f"`{name}` shares its weight, and gives the row `padding_idx` no gradient by "
+            "reading it: hypergradients take that for one that is zero. They are exact "
+            "where what is read there has no part in a loss, as where it is masked."
+        )
+
+
 def check_optimizers(trainer: Trainer) -> None:
     """Check the optimizers that the module configured.
 
@@ -187,8 +217,7 @@ def check_optimizers(trainer: Trainer) -> None:
     Raises:
         MisconfigurationException: If one unscales gradients itself.
     """
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is not None and any(
+    if gradient_scaler(trainer) is not None and any(
         getattr(optimizer, "_step_supports_amp_scaling", False) for optimizer in trainer.optimizers
     ):
         raise MisconfigurationException(

@@ -5,10 +5,11 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+from lightning_rtho.linearization import graph_nodes
 
 __all__ = ["DetachedWeights"]
 
@@ -21,19 +22,45 @@ class DetachedWeights(TorchFunctionMode):
 
     Args:
         weights: The weights that move, also those that a forward pass freezes, each ``[*P]``.
-        report: Called once, where the first such value enters; by default it warns.
+        place: Says where such a value meets a graph, asked there and then.
 
-    Attributes:
-        has_told: Whether it has been called.
+    Example:
+        >>> w = torch.ones(2, requires_grad=True)
+        >>> with DetachedWeights([w], lambda: "here") as watch:
+        ...     noted = w.sum() - w.detach().sum()
+        ...     loss = w.exp().sum()
+        ...     watch.entries_of(loss), watch.entries_of(loss * noted)
+        ([], ['here'])
     """
 
     def __init__(
-        self, weights: Collection[Tensor], report: Callable[[], None] | None = None
+        self, weights: Collection[Tensor], place: Callable[[], str | None] = lambda: None
     ) -> None:
         super().__init__()
-        self._report = _warn if report is None else report
+        self._place = place
         self._detached = {id(weight): weakref.ref(weight) for weight in weights}
-        self.has_told = False
+        self._entries: dict[int, str | None] = {}
+        self._beside_loss: list[str | None] = []
+
+    def __exit__(self, *error: Any) -> None:
+        """End the watch: what has entered is forgotten, not what is detached."""
+        self._entries, self._beside_loss = {}, []
+        super().__exit__(*error)
+
+    def entries_of(self, loss: Tensor) -> list[str | None]:
+        """Return where detached values have entered a loss.
+
+        Args:
+            loss: The loss ``[]``, of which all was computed in the present watch.
+
+        Returns:
+            The places.
+        """
+        found = [*self._beside_loss]
+        if self._entries:
+            numbers = map(_number, graph_nodes([loss]))
+            found += [self._entries[number] for number in numbers if number in self._entries]
+        return found
 
     def __torch_function__(
         self,
@@ -43,33 +70,35 @@ class DetachedWeights(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Call a torch function and follow what it makes of detached values."""
-        if self.has_told or func is Tensor.requires_grad_:  # which begins a graph and enters none
+        if func is Tensor.requires_grad_:  # which begins a graph and enters none
             return func(*args, **(kwargs or {}))
         inputs = list(_tensors(_read(func, args, kwargs or {})))
         has_detached = any(map(self._is_detached, inputs))  # before `func` writes to one of them
         has_graph = any(x.requires_grad for x in inputs)
         if func is F.batch_norm and (kwargs or {})["training"] and self._is_detached(args[0]):
-            self._tell()  # which enters running statistics
+            self._beside_loss.append(self._place())  # into running statistics
         output = func(*args, **(kwargs or {}))
         if not (has_detached or has_graph):
             return output
-        for result in _tensors((output,)):
+        for result in _tensors(args[:1] if func in _WRITES else (output,)):
             if not result.is_floating_point():
                 continue
             if not result.requires_grad:
                 self._detached[id(result)] = weakref.ref(result)
-            elif torch.is_grad_enabled() and has_detached:
-                self._tell()
+            elif torch.is_grad_enabled() and has_detached and result.grad_fn is not None:
+                self._entries[_number(result.grad_fn)] = self._place()
         return output
-
-    def _tell(self) -> None:
-        if not self.has_told:
-            self.has_told = True
-            self._report()
 
     def _is_detached(self, x: Tensor) -> bool:
         known = self._detached.get(id(x))
         return known is not None and known() is x and not x.requires_grad
+
+
+def _number(node: Any) -> int:
+    """Return what tells a node of a graph from others, also when nobody holds it any more."""
+    # Private: torch's count of the nodes. To hold one, as identity needs, is to hold its graph.
+    number: int = node._sequence_nr()
+    return number
 
 
 def _read(
@@ -86,6 +115,10 @@ _TAKES_AFTER = frozenset({"expand_as", "reshape_as", "to", "type_as", "view_as"}
 """Functions that take shape or type from what follows their first argument."""
 
 
+_WRITES = frozenset({Tensor.__setitem__, Tensor.data.__set__})  # type: ignore[attr-defined]
+"""Functions that return nothing, but write to their first argument."""
+
+
 def _tensors(tree: tuple[Any, ...]) -> Iterator[Tensor]:
     """Yield the tensors among arguments, also those in lists and tuples."""
     for item in tree:
@@ -93,13 +126,3 @@ def _tensors(tree: tuple[Any, ...]) -> Iterator[Tensor]:
             yield item
         elif isinstance(item, (list, tuple)):
             yield from _tensors(tuple(item))
-
-
-def _warn() -> None:
-    rank_zero_warn(
-        "`training_step` uses values that depend on the weights but were detached "
-        "(`detach`, `torch.no_grad` or frozen weights). Hypergradients take them for "
-        "constants, which they are not. Use `lightning_rtho.stop_gradient(x)` for "
-        "`x.detach()` within a step if they shall be exact; what is carried from one step to the "
-        "next, as in a buffer, cannot be followed."
-    )

@@ -86,15 +86,14 @@ class MetricObjective:
                 depends on them otherwise than its graph shows.
         """
         metric, methods = self._metric, type(self._metric)
-        watch = DetachedWeights(
-            (), lambda: self._refuse("detaches a part of what it makes of them")
-        )
-        # Methods of the instance are wrapped, to run without gradients and to wait for processes.
-        for preds, target in pairs:
-            with watch:
+        predicted = list(pairs)
+        with DetachedWeights(()) as watch:
+            # Methods of the instance are wrapped, to run without gradients and to wait for others.
+            for preds, target in predicted:
                 methods.update(metric, preds, target)
-        with watch:
             value = methods.compute(metric)
+            if isinstance(value, Tensor) and watch.entries_of(value):
+                self._refuse("detaches a part of what it makes of them")
         metric.reset()
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise MisconfigurationException(

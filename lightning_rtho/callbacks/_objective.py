@@ -18,8 +18,8 @@ from torch import Tensor
 
 from lightning_rtho.callbacks._isolation import isolated
 from lightning_rtho.callbacks._kernels import differentiable_kernels
+from lightning_rtho.callbacks._loss_scale import loss_scale
 from lightning_rtho.callbacks._metric import MetricObjective
-from lightning_rtho.callbacks._replay import loss_scale
 from lightning_rtho.hypergradient import OuterGradient
 from lightning_rtho.linearization import RunningStatistics, silenceable_hooks
 from lightning_rtho.outer import CyclingBatches, NoBatchError, NoGraphError, outer_gradient
@@ -109,8 +109,9 @@ class ValidationObjective:
         self._dataloader_idx = next(places, 0)
         if isinstance(source, CombinedLoader):
             source = _Joint(source)
-        self._stream = CyclingBatches(source, self._seed, trainer.global_rank, trainer.world_size)
         self._loaded_epoch = trainer.current_epoch
+        seed = self._seed + self._loaded_epoch  # another order than that of data loaded before
+        self._stream = CyclingBatches(source, seed, trainer.global_rank, trainer.world_size)
 
     def _reload_where_due(self) -> None:
         """Begin the stream anew where Lightning makes its validation loaders anew."""
@@ -126,6 +127,7 @@ class ValidationObjective:
         *,
         peek: bool = False,
         again: bool = False,
+        look: Callable[[Tensor], None] = lambda loss: None,
     ) -> OuterGradient:
         """Evaluate the objective and its derivatives; the training run does not notice.
 
@@ -134,6 +136,7 @@ class ValidationObjective:
             hypers: Hyperparameters, natural values, each ``[*H]``.
             peek: Whether the next evaluation shall see the same batches.
             again: Whether this one shall see those of the last.
+            look: Called with each loss ``[]`` or metric, with its graph.
 
         Returns:
             Value and derivatives.
@@ -155,7 +158,7 @@ class ValidationObjective:
                     self._seen = [next(self._stream) for _ in range(self._batches)]
                 with self._statistics.differentiable() as statistics:
                     scale = loss_scale(self._trainer)
-                    losses = self._losses()
+                    losses = [partial(_looked_at, look, loss) for loss in self._losses()]
                     outer = outer_gradient(losses, params, hypers, statistics, scale)
             except (NoBatchError, NoGraphError) as error:
                 raise MisconfigurationException(str(error)) from error
@@ -164,8 +167,8 @@ class ValidationObjective:
         return outer
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the stream of validation batches stands."""
-        return self._stream.state_dict()
+        """Return where the stream of validation batches stands, and of when its data are."""
+        return {**self._stream.state_dict(), "loaded_epoch": self._loaded_epoch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where the stream stood.
@@ -173,6 +176,7 @@ class ValidationObjective:
         Args:
             state: What :meth:`state_dict` returned.
         """
+        self._loaded_epoch = state["loaded_epoch"]
         with isolate_rng():
             self._stream.load_state_dict(state)
 
@@ -226,6 +230,13 @@ class ValidationObjective:
                 f"'loss', got {_describe(output)}. Add `return loss` to it."
             )
         return loss.reshape(())
+
+
+def _looked_at(look: Callable[[Tensor], None], compute: Callable[[], Tensor]) -> Tensor:
+    """Compute a loss and let someone look at it."""
+    loss = compute()
+    look(loss)
+    return loss
 
 
 def _pair(found: Any, requirement: str) -> tuple[Any, Any]:

@@ -92,8 +92,11 @@ class OuterLoop:
         trained = set(self.run.trained)
         moving = [weight for weight in trained if weight.requires_grad]
         try:
-            with DetachedWeights(moving, _warn_of_detached):
-                outer = self._evaluate(peek=True)
+            entries: list[Any] = []
+            with DetachedWeights(moving) as watch:
+                outer = self._evaluate(
+                    peek=True, look=lambda loss: entries.extend(watch.entries_of(loss))
+                )
         except MisconfigurationException:
             raise
         except Exception as error:
@@ -104,6 +107,13 @@ class OuterLoop:
                 "`outer_step(batch, batch_idx)`."
             )
             raise
+        if entries:
+            rank_zero_warn(
+                "The outer objective uses values that depend on the weights but were detached "
+                "(`detach` or `torch.no_grad` in `validation_step` or `outer_step`). "
+                "Hypergradients take them for constants, which they are not. Compute them with "
+                "gradients."
+            )
         weights = zip(self.run.method.params, outer.params, strict=True)
         parts = [gradient for weight, gradient in weights if weight in trained]
         if all(part is None for part in (*parts, *outer.hypers, *outer.statistics)):
@@ -140,9 +150,8 @@ class OuterLoop:
         self._next_update += self._hyper_batch_size
         return self._update(step)
 
-    def _evaluate(self, *, peek: bool = False, again: bool = False) -> OuterGradient:
-        method = self.run.method
-        return self._objective(method.params, method.hypers, peek=peek, again=again)
+    def _evaluate(self, **options: Any) -> OuterGradient:
+        return self._objective(self.run.method.params, self.run.method.hypers, **options)
 
     def _update(self, step: int) -> Outcome | None:
         """Measure the hypergradient and move the hyperparameters; None where they are frozen."""
@@ -169,15 +178,18 @@ class OuterLoop:
 
     def _warn_of_direct_part(self, outer: OuterGradient) -> None:
         """Say that the outer objective moves hyperparameters by what it makes of them itself."""
+        if self._has_warned:
+            return
         pairs = zip(self._tuned, outer.hypers, strict=True)
         names = [name for name, part in pairs if part is not None and bool(part.any())]
-        if names and not self._has_warned:
+        if names:
             self._has_warned = True
             rank_zero_warn(
                 f"The outer objective depends on {' and '.join(f'`{name}`' for name in names)} "
-                "itself, not only by way of the weights, and is lowered by that as well. Leave "
-                "penalties and the weights of losses out of what `validation_step` returns, or "
-                "define `outer_step(batch, batch_idx)` without them."
+                "itself, not only by way of the weights, and is lowered by that as well. That is "
+                "right for a part of the model, as a temperature. Leave penalties and the weights "
+                "of losses out of what `validation_step` returns, or define `outer_step(batch, "
+                "batch_idx)` without them."
             )
 
     def _go_back(self, value: float) -> Outcome | None:
@@ -268,11 +280,3 @@ class OuterLoop:
             self.descent.load_state_dict(state["descent"])
         if self.safeguard is not None and state["safeguard"] is not None:
             self.safeguard.load_state_dict(state["safeguard"])
-
-
-def _warn_of_detached() -> None:
-    rank_zero_warn(
-        "The outer objective uses values that depend on the weights but were detached (`detach` or "
-        "`torch.no_grad` in `validation_step` or `outer_step`). Hypergradients take them for "
-        "constants, which they are not. Compute them with gradients."
-    )

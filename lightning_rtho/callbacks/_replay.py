@@ -29,23 +29,11 @@ from lightning_rtho.callbacks._buffers import (
 from lightning_rtho.callbacks._bystanders import Bystander, standing_at
 from lightning_rtho.callbacks._isolation import isolated
 from lightning_rtho.callbacks._kernels import twice_differentiable_kernels
+from lightning_rtho.callbacks._loss_scale import loss_scale
 from lightning_rtho.callbacks._random import read_random_state, write_random_state
 from lightning_rtho.linearization import RunningStatistics, TracedLoss, silenceable_hooks
 
-__all__ = ["TrainingStepReplay", "loss_scale", "noted_beginning"]
-
-
-def loss_scale(trainer: Trainer) -> float:
-    """Return the factor by which the trainer scales the loss before backward.
-
-    Args:
-        trainer: The trainer.
-
-    Returns:
-        The factor; 1 without a gradient scaler.
-    """
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return 1.0 if scaler is None else float(scaler.get_scale())
+__all__ = ["TrainingStepReplay", "noted_beginning"]
 
 
 @contextmanager

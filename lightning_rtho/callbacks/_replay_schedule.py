@@ -169,8 +169,6 @@ class ReplaySchedule(Callback):
                     f"declares it with shape {tuple(hyper.shape)}. Declare it as in the run that "
                     "learned it."
                 )
-            if hyper.dim() > 0:
-                hyper.data = hyper.data.to(pl_module.device)
         if self._resumed_step is not None:  # the optimizer's state is from under these values
             self._assign(self._resumed_step)
         self._optimizers = [

@@ -28,10 +28,12 @@ from lightning_rtho.callbacks._kernels import (
     twice_differentiable_kernels,
     warn_of_eager_steps,
 )
+from lightning_rtho.callbacks._loss_scale import loss_scale
 from lightning_rtho.callbacks._manual import ManualStep
 from lightning_rtho.callbacks._own_backward import warn_of_own_functions
-from lightning_rtho.callbacks._replay import TrainingStepReplay, loss_scale, noted_beginning
+from lightning_rtho.callbacks._replay import TrainingStepReplay, noted_beginning
 from lightning_rtho.callbacks._snapshot import read_derivative_buffers, write_derivative_buffers
+from lightning_rtho.callbacks._transfer import live_transfers
 from lightning_rtho.callbacks._unused import UnusedHyperparameters
 from lightning_rtho.dynamics import Transition
 from lightning_rtho.hypergradient import AbstractHypergradient, OptimizerStep, Recollection
@@ -97,7 +99,8 @@ class FollowedRun:
         self._live: set[Tensor] = set()
         self._batches = 0
         self._detached: DetachedWeights | None = None
-        self._detached_watch = ExitStack()
+        self._has_warned_of_detached = False
+        self._detached_watch, self._transfer_context = ExitStack(), ExitStack()
         self._forward_context, self._hook_watch = ExitStack(), ExitStack()
         self._replay: TrainingStepReplay | None = None
         self._unused = UnusedHyperparameters(tuned, optimizers)
@@ -111,13 +114,18 @@ class FollowedRun:
         """The weights that the optimizers have now."""
         return [param for optimizer in self._optimizers for param in optimizer.params]
 
-    def make_live(self, follow: bool) -> None:
-        """Let what is computed from hyperparameters have a graph, if the coming step is followed.
-
-        Batches are transferred, perhaps with their help, before Lightning tells that they begin.
-        """
+    def _make_live(self, is_live: bool) -> None:
+        """Let what is computed from hyperparameters have a graph, or none."""
         for hyper in self._tuned.values():
-            hyper.requires_grad_(follow)
+            hyper.requires_grad_(is_live)
+
+    def await_batch(self, *, follow: bool) -> None:
+        """Make ready for what happens before a training step, if that will be followed."""
+        self._transfer_context.close()
+        self._make_live(False)
+        if follow:
+            live = live_transfers(self._trainer, self._module, self._make_live)
+            self._transfer_context.enter_context(live)
 
     def before_batch(self, batch_idx: int, *, follow: bool) -> None:
         """Make ready for the coming training step, if it is followed."""
@@ -130,7 +138,7 @@ class FollowedRun:
         self._following, self._replay = follow, None
         for optimizer in self._optimizers:
             optimizer.follow_schedulers(schedulers_of(self._trainer, optimizer.optimizer))
-        self.make_live(follow)
+        self._make_live(follow)
         if follow:
             self._take_in_parameters()
             self.method.start(self._module.buffers())
@@ -151,7 +159,7 @@ class FollowedRun:
             if self._detached is None:
                 moving = [param for param in self.trained if param.requires_grad]
                 self._detached = DetachedWeights(moving)
-            if not self._detached.has_told and _is_looked_at(self._batches):
+            if not self._has_warned_of_detached and _is_looked_at(self._batches):
                 self._detached_watch.enter_context(self._detached)
 
     def _note_beginning(self, batch_idx: int, batch: Any) -> None:
@@ -239,6 +247,7 @@ class FollowedRun:
 
     def before_backward(self, loss: Tensor) -> None:
         """Hand the loss to the method; where that gives the gradient, backward just uses it."""
+        self._warn_of_detached(loss)
         if self._manual is None:
             self._detached_watch.close()
             self._forward_context.close()
@@ -273,6 +282,20 @@ class FollowedRun:
             may_share = self._may_share_gradients(scale)
             others = partial(self._others_waiting, loss)
             self._hand_over.give(pairs, may_share=may_share, others=others)
+
+    def _warn_of_detached(self, loss: Tensor) -> None:
+        """Say that the derivative of a loss is not all that its graph shows."""
+        if self._has_warned_of_detached or self._detached is None:
+            return
+        if self._detached.entries_of(loss):
+            self._has_warned_of_detached = True
+            rank_zero_warn(
+                "`training_step` uses values that depend on the weights but were detached "
+                "(`detach`, `torch.no_grad` or frozen weights). Hypergradients take them for "
+                "constants, which they are not. Use `lightning_rtho.stop_gradient(x)` for "
+                "`x.detach()` within a step if they shall be exact; what is carried from one step "
+                "to the next, as in a buffer, cannot be followed."
+            )
 
     def _may_share_gradients(self, scale: float) -> bool:
         """Tell whether nothing is known that adds to the gradients of a loss or changes them."""
@@ -400,6 +423,7 @@ class FollowedRun:
 
     def _close(self) -> None:
         """End what lasts as long as a training step, or as its forward pass."""
+        self._transfer_context.close()
         self._detached_watch.close()
         self._forward_context.close()
         self._hook_watch.close()
@@ -476,7 +500,7 @@ class FollowedRun:
             self._manual.stop()
         for optimizer in self._optimizers:
             optimizer.before_update = optimizer.after_update = None
-        self.make_live(False)
+        self._make_live(False)
 
 
 def _is_looked_at(batch: int) -> bool:

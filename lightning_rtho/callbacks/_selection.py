@@ -21,7 +21,8 @@ def select_hyperparameters(
 ) -> dict[str, Hyperparameter]:
     """Find the hyperparameters to tune and place those of the optimizer in its groups.
 
-    A name is one that the module declares, or else a key of the optimizer's parameter groups.
+    A name is one that the module declares, or else a key of the optimizer's parameter groups. What
+    has a shape is moved to where the module is.
 
     Args:
         selection: Names, names with domains, or None for all that the module declares.
@@ -43,14 +44,25 @@ def select_hyperparameters(
             f"`hyperparameters` must name at least one, got {selection!r}. Leave it out to tune "
             "all that the module declares."
         )
-    if selection is None:
-        if not declared:
-            raise MisconfigurationException(
-                f"`{type(module).__name__}` declares no hyperparameters. Declare one, as in "
-                "`self.lr = Hyperparameter(1e-3, Positive())`, or name settings of its optimizer, "
-                "as in `RTHO(['lr'])`."
-            )
-        return declared
+    if selection is None and not declared:
+        raise MisconfigurationException(
+            f"`{type(module).__name__}` declares no hyperparameters. Declare one, as in "
+            "`self.lr = Hyperparameter(1e-3, Positive())`, or name settings of its optimizer, as "
+            "in `RTHO(['lr'])`."
+        )
+    found = declared if selection is None else _chosen(selection, declared, optimizers)
+    for hyper in found.values():
+        if hyper.dim() > 0:
+            hyper.data = hyper.data.to(module.device)
+    return found
+
+
+def _chosen(
+    selection: Sequence[str] | Mapping[str, Domain],
+    declared: Mapping[str, Hyperparameter],
+    optimizers: Sequence[Optimizer],
+) -> dict[str, Hyperparameter]:
+    """Return the hyperparameters that are named, those of the optimizer placed in its groups."""
     found: dict[str, Hyperparameter] = {}
     domains = selection if isinstance(selection, Mapping) else dict.fromkeys(selection)
     for name, domain in domains.items():

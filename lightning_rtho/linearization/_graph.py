@@ -7,7 +7,14 @@ from torch import Tensor
 
 __all__ = ["graph_leaves", "graph_nodes", "rounds_otherwise"]
 
-_DECOMPOSED = frozenset({"Silu", "Mish", "NativeGroupNorm", "FusedRmsNorm", "LinalgSolveEx"})
+_DECOMPOSED = frozenset({
+    "FusedRmsNorm",
+    "LinalgSolveEx",
+    "Mish",
+    "MkldnnRnnLayer",  # LSTMs on the CPU
+    "NativeGroupNorm",
+    "Silu",
+})
 """Operations whose gradient torch puts together from others where a graph of it is asked for."""
 
 

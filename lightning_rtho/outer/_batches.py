@@ -1,6 +1,5 @@
 """An endless stream of validation batches that touches nobody else's state."""
 
-import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -135,6 +134,15 @@ def _generators_of(source: Any) -> set[torch.Generator]:
     return {g for g in found if isinstance(g, torch.Generator) and g is not torch.default_generator}
 
 
+def _twin(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Copy a loader without what it is iterated by."""
+    twin: DataLoader[Any] = object.__new__(type(loader))  # a class may look up what a copy lacks
+    # Private: workers that persist, with a place of their own.
+    started = {"_iterator": None} if "_iterator" in vars(loader) else {}
+    vars(twin).update(vars(loader) | started)
+    return twin
+
+
 def _own_loader(
     source: Iterable[Any], generator: torch.Generator, rank: int, world_size: int
 ) -> Iterable[Any]:
@@ -145,9 +153,7 @@ def _own_loader(
     kind = type(source)
     is_own = (kind.__iter__, kind._get_iterator) != (DataLoader.__iter__, DataLoader._get_iterator)
     if is_own or isinstance(source.dataset, IterableDataset):
-        twin = copy.copy(source)
-        twin._iterator = None  # private: workers that persist, with a place of their own
-        return twin
+        return _twin(source)
     order: dict[str, Any]
     if (
         source.batch_size is None

@@ -1,6 +1,7 @@
 """Batches of every kind: the same data in other containers give the same hypergradients."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_rtho import RTHO, TRHO, Hyperparameter, Positive
+from lightning_rtho import RTHO, TRHO, Hyperparameter, KeepGraph, Positive
 from tests.callbacks.problems import (
     TRAIN_SIZE,
     VAL_SIZE,
@@ -257,6 +258,41 @@ def test_the_outer_objective_is_taken_on_the_data_that_lightning_loads_anew(ever
     assert set(told) == set(loaded.items())
 
 
+def test_data_that_are_loaded_anew_are_taken_in_another_order(data, tmp_path):
+    told: list[float] = []
+
+    class Telling(SmallNet):
+        def outer_step(self, batch, batch_idx):
+            told.extend(batch[0][:, 0].tolist())
+            return self.validation_step(batch, batch_idx)
+
+        def train_dataloader(self):
+            return DataLoader(data[0], batch_size=10)  # two steps an epoch
+
+        def val_dataloader(self):
+            return DataLoader(data[1], batch_size=2)
+
+    def go_on(epochs: int, **fit_settings: Any) -> tuple[list[float], list[Any]]:
+        told.clear()
+        L.seed_everything(7, verbose=False)
+        callback = RTHO(["lr"], hyper_batch_size=2, summary=False, safeguard=False)
+        trainer = L.Trainer(
+            **{"accelerator": "cpu", "logger": False, "num_sanity_val_steps": 0},
+            **{"enable_checkpointing": False, "enable_progress_bar": False},
+            **{"callbacks": [callback], "max_epochs": epochs, "limit_val_batches": 1},
+            reload_dataloaders_every_n_epochs=2,
+        )
+        trainer.fit(Telling(lr=0.1), **fit_settings)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        return [*told], [update.values["lr"] for update in callback.schedule]
+
+    seen, values = go_on(12)
+    assert len(set(seen)) == VAL_SIZE  # of two batches a time, with one order, two thirds
+    go_on(5)  # the data are of the epoch before
+    _, resumed = go_on(12, ckpt_path=tmp_path / "last.ckpt")
+    assert resumed == values
+
+
 class Noisy(SmallNet):
     """Noise, as strong as a hyperparameter says, is added as a batch is transferred."""
 
@@ -272,18 +308,90 @@ class Noisy(SmallNet):
         return super().training_step(batch, batch_idx) + self.h**2 * self.net(batch[0]).mean()
 
 
-def test_a_hyperparameter_may_act_where_a_batch_is_transferred():
+class NoisyData(L.LightningDataModule):
+    """Adds the noise in the module's place."""
+
+    def __init__(self, module: Noisy) -> None:
+        super().__init__()
+        self.train = loader(TRAIN_SIZE, seed=1, batch_size=4, shuffle=True)
+        self.on_after_batch_transfer = partial(Noisy.on_after_batch_transfer, module)
+
+    def train_dataloader(self):
+        return self.train
+
+    def val_dataloader(self):
+        return loader(VAL_SIZE, seed=2, batch_size=VAL_SIZE)
+
+
+@pytest.mark.parametrize("start", [0, 3])
+def test_a_hyperparameter_may_act_where_a_batch_is_transferred(start):
     def loss_at(h: float) -> float:
-        fit(module := Noisy(h, lr=0.1), steps=4)
+        class FromStart(Noisy):
+            def on_train_batch_start(self, *args: Any) -> None:
+                self.h = h if self.global_step >= start else 0.3
+
+            def on_train_batch_end(self, *args: Any) -> None:  # before the next is transferred
+                self.on_train_batch_start()
+
+        fit(module := FromStart(h if start == 0 else 0.3, lr=0.1), steps=start + 4)
         return validation_loss(module)
 
-    for callback in (RTHO(["h"], hyper_batch_size=4, outer_optimizer=None), TRHO(["h"])):
+    settings = {"hyper_batch_size": 4, "start_step": start, "outer_optimizer": None}
+    expected = finite_difference(0.3, loss_at)
+    for callback in (RTHO(["h"], **settings), TRHO(["h"], **settings, tape=KeepGraph())):
+        fit(Noisy(Hyperparameter(0.3, Positive()), lr=0.1), callback, steps=start + 4)
+        # Differences are good to 1e-8 or so.
+        assert callback.hypergradients["h"].item() == pytest.approx(expected, rel=1e-6)
+    refused = TRHO(["h"], **settings)
+    with pytest.raises(MisconfigurationException, match="before its training step"):
+        fit(Noisy(Hyperparameter(0.3, Positive()), lr=0.1), refused, steps=start + 4)
+
+
+def test_a_hyperparameter_may_act_where_a_data_module_transfers_a_batch():
+    found = []
+    for is_own in (True, False):
         module = Noisy(Hyperparameter(0.3, Positive()), lr=0.1)
-        if isinstance(callback, TRHO):
-            with pytest.raises(MisconfigurationException, match="before its training step"):
-                fit(module, callback, steps=20)
+        callback = RTHO(["h"], hyper_batch_size=4, outer_optimizer=None)
+        if is_own:
+            fit(module, callback, steps=8)
         else:
-            fit(module, callback, steps=4)
-            expected = finite_difference(0.3, loss_at)
-            # Differences are good to 1e-8 or so.
-            assert callback.hypergradients["h"].item() == pytest.approx(expected, rel=1e-6)
+            L.seed_everything(7, verbose=False)
+            datamodule = NoisyData(module)
+            module.on_after_batch_transfer = lambda batch, dataloader_idx: batch
+            L.Trainer(
+                **{"accelerator": "cpu", "logger": False, "num_sanity_val_steps": 0},
+                **{"enable_checkpointing": False, "enable_progress_bar": False},
+                **{"callbacks": [callback], "max_steps": 8, "check_val_every_n_epoch": 1000},
+            ).fit(module, datamodule)
+        found.append([update.hypergradients["h"] for update in callback.schedule])
+    assert len(found[0]) == 2
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("hook", ["on_train_start", "on_train_epoch_start", "on_train_batch_end"])
+@pytest.mark.parametrize(
+    "callback",
+    [
+        RTHO(hyper_batch_size=2, stop_step=7, outer_optimizer=None),
+        TRHO(hyper_batch_size=2, outer_optimizer=None),
+    ],
+    ids=["forward, stopped", "reverse"],
+)
+def test_what_is_made_of_a_hyperparameter_between_steps_is_a_constant(callback, hook):
+    class Prepared(SmallNet):
+        shift = 0.1
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step([batch[0] + self.shift, batch[1]], batch_idx)
+
+    def prepare(self: Prepared, *args: Any) -> None:
+        self.shift = 1.0 * self.lr * torch.ones(3)
+
+    setattr(Prepared, hook, prepare)
+    plain, observed = (Prepared(lr=Hyperparameter(0.1, Positive())) for _ in range(2))
+    for module in (plain, observed):
+        module.lr = module.settings["lr"]
+    fit(plain, steps=12)
+    fit(observed, callback, steps=12)
+    for one, other in zip(plain.parameters(), observed.parameters(), strict=True):
+        assert torch.equal(one, other)

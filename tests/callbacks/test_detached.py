@@ -182,6 +182,44 @@ def test_values_detached_to_be_looked_at_are_not_warned_of():
         fit(Watched(torch.optim.Adam, lr=0.1), RTHO(["lr"], hyper_batch_size=2), steps=4)
 
 
+@pytest.mark.parametrize("step", ["training_step", "validation_step"])
+def test_values_that_are_only_compared_with_a_loss_are_not_warned_of(step):
+    class Compared(SmallNet):
+        last = torch.zeros(())
+
+    def compare(self, batch, batch_idx):
+        loss = getattr(SmallNet, step)(self, batch, batch_idx)
+        self.log("gain", self.last - loss)
+        self.log("share", loss / (self.net(batch[0]).detach().square().mean() + 1))
+        self.last = loss.detach()
+        return loss
+
+    setattr(Compared, step, compare)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*were detached")
+        fit(Compared(lr=0.1), RTHO(["lr"], hyper_batch_size=2), steps=8)
+
+
+@pytest.mark.parametrize("write", ["item", "data"])
+def test_what_is_written_to_a_memory_of_outputs_is_warned_of(write):
+    class Remembering(SmallNet):
+        def __init__(self, **settings):
+            super().__init__(**settings)
+            self.register_buffer("memory", torch.zeros(4, 1))
+
+        def training_step(self, batch, batch_idx):
+            predicted = self.net(batch[0])
+            loss = F.mse_loss(predicted, batch[1]) + (predicted * self.memory.clone()).mean()
+            if write == "item":
+                self.memory[:] = predicted.detach()
+            else:
+                self.memory.data = predicted.detach()
+            return loss
+
+    with pytest.warns(UserWarning, match="from one step to the next"):
+        fit(Remembering(lr=0.1), RTHO(["lr"], hyper_batch_size=2), steps=4)
+
+
 def test_a_tensor_that_begins_a_graph_of_its_own_is_not_warned_of():
     class Perturbed(SmallNet):
         def training_step(self, batch, batch_idx):

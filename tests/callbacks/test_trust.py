@@ -12,6 +12,7 @@ import torch
 import torchmetrics
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn, optim
 
 from lightning_rtho import (
@@ -513,6 +514,32 @@ def test_a_moving_weight_that_gradients_flow_through_is_read_where_it_stood(obse
     torch.testing.assert_close(*found, rtol=1e-10, atol=0)  # rounding
 
 
+FUNCTION_TRANSFORMS = {
+    "forward": (RTHO, None),
+    "recompute": (TRHO, r"uses `torch.func` beside a network"),
+    "keep graph": (lambda *a, **kw: TRHO(*a, **kw, tape=KeepGraph()), "saved tensor hooks"),
+}
+
+
+@pytest.mark.parametrize("method", FUNCTION_TRANSFORMS)
+def test_function_transforms_beside_a_moving_network_are_followed_or_explained(method):
+    class Smooth(MeanTeacher):
+        def training_step(self, batch, batch_idx):
+            slopes = torch.func.grad(lambda x: self.net(x).sum())(batch[0])
+            return super().training_step(batch, batch_idx) + slopes.square().mean()
+
+    make, message = FUNCTION_TRANSFORMS[method]
+    callback = make(["lr"], hyper_batch_size=2, outer_optimizer=None)
+    if message is None:
+        fit(Smooth("step", lr=0.05), callback, steps=8)
+        assert len(callback.schedule) == 4
+    else:
+        with pytest.raises((RuntimeError, MisconfigurationException), match=message) as caught:
+            fit(Smooth("step", lr=0.05), callback, steps=8)
+        said = [str(caught.value), *getattr(caught.value, "__notes__", ())]
+        assert any("Use `RTHO`" in text for text in said)
+
+
 @pytest.mark.parametrize("observe", [TRHO, lambda *a, **kw: RTHO(*a, **kw, curvature_fraction=0.5)])
 def test_a_teacher_that_takes_gradients_but_gets_none_moves_once_a_step(observe):
     class Careless(MeanTeacher):
@@ -540,10 +567,21 @@ def silu_and_groups() -> nn.Module:
     )
 
 
+class Recurrent(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.LSTM(FEATURES, 4, 2), nn.Linear(4, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self[1](self[0](x)[0])
+
+
 @pytest.mark.parametrize("observe", [RTHO, TRHO, lambda *a, **kw: TRHO(*a, **kw, tape=KeepGraph())])
-def test_observing_layers_that_torch_differentiates_otherwise_for_graphs_changes_nothing(observe):
+@pytest.mark.parametrize("body", [silu_and_groups, Recurrent])
+def test_observing_layers_that_torch_differentiates_otherwise_for_graphs_changes_nothing(
+    body, observe
+):
     torch.set_default_dtype(torch.float32)
-    plain, observed = (SmallNet(lr=0.1, body=silu_and_groups) for _ in range(2))
+    plain, observed = (SmallNet(lr=0.1, body=body) for _ in range(2))
     fit(plain, steps=8)
     callback = observe(["lr"], hyper_batch_size=2, outer_optimizer=None)
     fit(observed, callback, steps=8)

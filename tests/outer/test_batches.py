@@ -151,6 +151,24 @@ def test_a_loader_that_changes_batches_is_iterated_itself():
     ]
 
 
+class Delegating(DataLoader):
+    """Stands before another loader, of which it is no copy."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def __iter__(self):
+        return iter(self.inner)
+
+
+def test_a_loader_that_stands_before_another_is_iterated_itself():
+    stream = CyclingBatches(Delegating(DataLoader([0, 1, 2], batch_size=3)), seed=0)
+    assert [next(stream).tolist() for _ in range(2)] == [[0, 1, 2]] * 2
+
+
 def test_a_sampler_of_a_part_of_the_data_is_kept():
     loader = Untouchable(DATA, batch_size=2, sampler=SequentialSampler(range(4)))
     assert _take(CyclingBatches(loader, seed=0), 3) == [[0, 1], [2, 3], [0, 1]]

@@ -4,7 +4,6 @@ import os
 import re
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -91,22 +90,22 @@ class StepTrace(Callback):
         sources: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
         sources += declared_hyperparameters(module).values()
 
-        def report() -> None:
-            line = _user_line()
+        def report(line: str | None) -> None:
             if line is not None:
                 self.detached[f"`{name}`, {line}"] = None
 
-        watch = DetachedWeights(sources, report)  # values may be carried from step to step
+        watch = DetachedWeights(sources, _user_line)  # values may be carried from step to step
 
         @wraps(step)
         def watched(*args: Any, **kwargs: Any) -> Any:
-            with ExitStack() as stack:
-                stack.enter_context(watch)
-                stack.enter_context(_TakenOut(report))
-                output = step(*args, **kwargs)
-            loss = output.get("loss") if isinstance(output, dict) else output
-            if isinstance(loss, Tensor):
-                self._read_graph(loss)
+            with watch:
+                with _TakenOut(lambda: report(_user_line())):
+                    output = step(*args, **kwargs)
+                loss = output.get("loss") if isinstance(output, dict) else output
+                if isinstance(loss, Tensor):
+                    for line in watch.entries_of(loss):
+                        report(line)
+                    self._read_graph(loss)
             return output
 
         return watched
