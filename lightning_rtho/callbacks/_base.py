@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from lightning_rtho.callbacks._bar import ReadableBar
 from lightning_rtho.callbacks._checks import (
+    check_materialized,
     check_modules,
     check_optimizers,
     check_settings,
@@ -148,7 +149,9 @@ class HypergradientCallback(Callback):
     def _follows(self, trainer: Trainer) -> bool:
         """Tell whether the coming step is followed."""
         last = math.inf if self.stop_step is None else self.stop_step
-        return self.start_step <= trainer.global_step < last
+        # Private: averages of weights have their batch statistics computed in an epoch of its own.
+        trains = not trainer.fit_loop._skip_backward
+        return trains and self.start_step <= trainer.global_step < last
 
     def _updates(self, trainer: Trainer) -> float:
         """Return how many outer updates are left if the run is not ended early; else 0."""
@@ -203,6 +206,7 @@ class HypergradientCallback(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to follow the run; evaluate the outer objective once, so that errors come now."""
+        check_materialized(pl_module)
         optimizers = _differentiable(trainer)
         if self._resumed is None:  # a checkpoint of a run without us may have set others
             adopt_settings(optimizers)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -13,6 +14,7 @@ from torch import nn
 
 # Private: torch exports the functions that install these, not their types.
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.utils.checkpoint import CheckpointError
@@ -21,6 +23,7 @@ from lightning_rtho.callbacks._loss_scale import gradient_scaler
 from lightning_rtho.hypergradient import GradientMismatchError
 
 __all__ = [
+    "check_materialized",
     "check_modules",
     "check_optimizers",
     "check_package",
@@ -81,7 +84,26 @@ def check_package(module: Any) -> None:
         )
 
 
-_NO_HOOKS = "saved tensor hooks"  # in torch's words
+_NO_HOOKS = "saved tensor hooks"  # in torch's words, here and below
+_NO_TRANSFORMS = (_NO_HOOKS, "data pointer on an invalid python storage")
+
+
+def check_materialized(module: nn.Module) -> None:
+    """Check that all weights and buffers have their shapes.
+
+    Args:
+        module: The module, about to train.
+
+    Raises:
+        MisconfigurationException: If a lazy layer has seen no batch.
+    """
+    for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+        if is_lazy(tensor):
+            raise MisconfigurationException(
+                f"`{name}` has no shape yet, and would get it where the outer objective is tried "
+                "before training. Let lazy layers see a batch before, as in Lightning's sanity "
+                "check (`num_sanity_val_steps`)."
+            )
 
 
 def note_what_helps(error: BaseException) -> None:
@@ -90,9 +112,9 @@ def note_what_helps(error: BaseException) -> None:
     Args:
         error: The error.
     """
-    if isinstance(error, RuntimeError) and _NO_HOOKS in str(error):
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_TRANSFORMS):
         error.add_note(
-            "`TRHO(tape=KeepGraph())` keeps graphs by such hooks, beside which torch takes no "
+            "`TRHO(tape=KeepGraph())` keeps graphs by hooks beside which torch takes no "
             "`torch.func`. Use `RTHO`, or `TRHO()` without it."
         )
 
@@ -123,6 +145,12 @@ def refusals_explained() -> Iterator[None]:
                 "The loss depends on something that was computed before its training step, from a "
                 "hyperparameter (as in `on_after_batch_transfer`) or by `stop_gradient` in an "
                 "earlier step. Compute it inside of `training_step`."
+            ) from error
+        if "modified by an inplace operation" in message:
+            raise MisconfigurationException(
+                "Something that a loss depends on was changed in place between its backward pass "
+                "and the optimizer's step, as weights are by sharpness-aware minimization by hand, "
+                "which cannot be followed. Let optimizers alone move weights."
             ) from error
         if _NO_HOOKS in message:
             raise MisconfigurationException(

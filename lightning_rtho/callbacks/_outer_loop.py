@@ -156,6 +156,7 @@ class OuterLoop:
     def _update(self, step: int) -> Outcome | None:
         """Measure the hypergradient and move the hyperparameters; None where they are frozen."""
         method, safeguard = self.run.method, self.safeguard
+        self.run.refuse_unused()
         outer = self._evaluate()
         self._warn_of_direct_part(outer)
         value, is_finite = outer.value.item(), outer.is_finite()

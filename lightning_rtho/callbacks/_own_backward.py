@@ -1,14 +1,38 @@
-"""Noticing backward passes that a user has written: they need not be derivatives."""
+"""Noticing backward passes that are no derivatives, or need not be, as a user has written them."""
 
+import re
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_rtho.linearization import graph_nodes
 
-__all__ = ["own_functions", "warn_of_own_functions"]
+__all__ = ["check_sampling", "own_functions", "warn_of_own_functions"]
 
 _TRUSTED = ("torch", "lightning_rtho")
 """Packages whose functions are what they seem, or are refused elsewhere."""
+
+
+_SAMPLING = re.compile("NormalBackward[1-9]")
+"""Nodes of ``torch.normal``; that of ``x.normal_()``, which forgets what x was, is right."""
+
+
+def check_sampling(loss: Tensor) -> None:
+    """Check that no sample in a loss hides what it depends on.
+
+    Args:
+        loss: The loss ``[]``.
+
+    Raises:
+        MisconfigurationException: If one was drawn by ``torch.normal`` with a graph.
+    """
+    if any(_SAMPLING.fullmatch(node.name()) for node in graph_nodes([loss])):
+        raise MisconfigurationException(
+            "`training_step` draws by `torch.normal(mean, std)`, whose derivative torch takes for "
+            "0. Write `mean + std * torch.randn_like(mean)`, or detach what it is given, or wrap "
+            "that in `lightning_rtho.stop_gradient` to train as with `torch.normal`."
+        )
 
 
 def own_functions(loss: Tensor) -> list[str]:

@@ -1,6 +1,5 @@
 """Computing the loss of a past micro-batch again."""
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import move_data_to_device
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_rtho.callbacks._attributes import (
@@ -99,14 +97,6 @@ def _is_plain(tree: Any) -> bool:
     return type(tree) in (Tensor, int, float, str, bool, type(None))
 
 
-def _copied(batch: Any) -> Any:
-    """Copy what holds the tensors of a batch, which a step may change, but no tensor."""
-    copied = apply_to_collection(batch, Tensor, lambda tensor: tensor)
-    if copied is batch and not isinstance(batch, Tensor) and hasattr(batch, "__dict__"):
-        return copy.copy(batch)
-    return copied
-
-
 @dataclass(eq=False)
 class TrainingStepReplay:
     """What a ``training_step`` depended on, apart from the weights, so that it can run again.
@@ -158,7 +148,7 @@ class TrainingStepReplay:
         Args:
             trainer: The trainer.
             module: The module.
-            batch: The batch on its device.
+            batch: A copy of the batch on its device.
             batch_idx: Its index in the epoch.
             statistics: The running statistics of the module.
             buffers: Copies its buffers.
@@ -169,7 +159,7 @@ class TrainingStepReplay:
         Returns:
             The replay.
         """
-        args = [_copied(batch)]
+        args = [batch]
         if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2):
             args.append(batch_idx)
         return cls(

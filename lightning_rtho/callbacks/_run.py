@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_rtho.callbacks._attributes import PlainAttributes
+from lightning_rtho.callbacks._batches import BatchCopies, cloned
 from lightning_rtho.callbacks._buffers import BufferCopies
 from lightning_rtho.callbacks._bystanders import MovingBystanders
 from lightning_rtho.callbacks._checks import refusals_explained
@@ -30,7 +31,7 @@ from lightning_rtho.callbacks._kernels import (
 )
 from lightning_rtho.callbacks._loss_scale import loss_scale
 from lightning_rtho.callbacks._manual import ManualStep
-from lightning_rtho.callbacks._own_backward import warn_of_own_functions
+from lightning_rtho.callbacks._own_backward import check_sampling, warn_of_own_functions
 from lightning_rtho.callbacks._replay import TrainingStepReplay, noted_beginning
 from lightning_rtho.callbacks._snapshot import read_derivative_buffers, write_derivative_buffers
 from lightning_rtho.callbacks._transfer import live_transfers
@@ -90,6 +91,7 @@ class FollowedRun:
         self._recorded = self._is_advancing = False
         self._statistics = RunningStatistics(module)
         self._buffers, self._attributes = BufferCopies(module), PlainAttributes(module)
+        self._batch_copies = BatchCopies()
         self._bystanders = MovingBystanders(module, self.trained)
         self._clip = clipping(trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
         self._raw_grads: dict[Tensor, Tensor] = {}
@@ -178,12 +180,14 @@ class FollowedRun:
             attributes=self._attributes,
             bystanders=self._bystanders.copy(self._trainer.global_step),
         )
+        copied = self._batch_copies.take(batch)
         if self._sample is None:
-            return replay(batch=batch)
+            return replay(batch=copied)
         if not self._sample.is_checked:
             # Whole, so that gradients that are edited are found out, too.
-            self._sample.check(batch, self._module, lambda part: replay(batch=part)().value)
-            return replay(batch=batch)
+            whole = cloned(batch)  # the step may write to it
+            self._sample.check(whole, self._module, lambda part: replay(batch=part)().value)
+            return replay(batch=copied)
         drawn = self._sample.draw(batch, self._trainer.global_step, batch_idx)
         return replay(batch=drawn, is_sample=True)
 
@@ -254,11 +258,14 @@ class FollowedRun:
         if not self._following:
             return
         self._rest_if_weights_were_frozen()
+        if self._replay is not None and self._batch_copies.are_spoilt():
+            self._rest("`training_step` wrote to its batch")
         updates = self._take_statistics()
         if not self._following:  # it rests
             return
         self._unused.look_into(loss)
         if self._batches == 1:
+            check_sampling(loss)
             warn_of_own_functions(loss)
         if self._manual is not None:
             self._manual.check_order(loss)
@@ -351,7 +358,10 @@ class FollowedRun:
             self._record_statistics()
         if self._following and self._manual is not None:
             self._manual.stop()
-            self._unused.refuse()
+
+    def refuse_unused(self) -> None:
+        """Refuse a hyperparameter that acts nowhere; stepped by hand, it may act in few steps."""
+        self._unused.refuse()
 
     def _before_update(self, optimizer: DifferentiableOptimizer) -> None:
         """Hand an optimizer's coming step to the method."""
@@ -463,6 +473,7 @@ class FollowedRun:
             "derivative_buffers": read_derivative_buffers(self.method.params, self._optimizers),
             "method": self.method.state_dict(),
             "sample": None if self._sample is None else self._sample.state_dict(),
+            "clones_batches": self._batch_copies.clones,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -472,6 +483,7 @@ class FollowedRun:
         buffers = state["derivative_buffers"]
         write_derivative_buffers(buffers, self.method.params, self._optimizers)
         self.method.load_state_dict(state["method"], self._recollection())
+        self._batch_copies.clones = state["clones_batches"]
         if self._sample is not None and state["sample"] is not None:
             self._sample.load_state_dict(state["sample"])
 

@@ -1,6 +1,7 @@
 """Other callbacks and changes in mid-run."""
 
 import io
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from typing import Any
@@ -93,6 +94,25 @@ def test_stochastic_weight_averaging_brings_a_schedule(method):
     tuned = rates(METHODS[method](hyper_batch_size=10, outer_optimizer=None))
     assert plain == tuned
     assert plain[-1] < 0.1
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_epoch_of_batch_statistics_after_training_is_none_of_it(method, accumulated):
+    def trained(*others: Callback) -> tuple[SmallNet, L.Trainer]:
+        average = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1, annealing_epochs=1)
+        module = SmallNet(body=normed, lr=0.05)
+        settings = {"max_epochs": 4, "accumulate_grad_batches": accumulated}
+        return module, fit(module, *others, average, steps=-1, **settings)
+
+    callback = METHODS[method](hyper_batch_size=2, outer_optimizer=None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*hypergradients count the run after it")
+        (plain, alone), (observed, followed) = trained(), trained(callback)
+    assert alone.global_step == followed.global_step
+    assert len(callback.schedule) == {1: 10, 2: 6}[accumulated]  # of 5 batches an epoch
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, observed.state_dict()[name]), name
 
 
 class TwoParts(SmallNet):

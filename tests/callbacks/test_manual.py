@@ -232,6 +232,58 @@ def test_tuning_the_rates_of_both_optimizers():
 # Refusals
 
 
+@pytest.mark.parametrize("acts_at", [1, 100])
+def test_a_hyperparameter_may_act_in_few_batches_but_not_in_none_before_an_update(acts_at):
+    class Alternating(SmallNet):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            loss = F.mse_loss(self.net(batch[0]), batch[1])
+            if self.global_step % (2 * acts_at) >= acts_at:
+                loss = loss + self.l2 * self.net[0].weight.square().sum()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    def loss_at(l2: float) -> float:
+        fit(module := Alternating(l2=l2, lr=0.1), steps=6)
+        return validation_loss(module)
+
+    callback = RTHO(hyper_batch_size=6, outer_optimizer=None)
+    module = Alternating(l2=Hyperparameter(0.3, Positive()), lr=0.1)
+    if acts_at > 1:
+        with pytest.raises(MisconfigurationException, match=r"`l2`.*nowhere.*`0 . h` before"):
+            fit(module, callback, steps=6)
+    else:
+        fit(module, callback, steps=6)
+        expected = finite_difference(0.3, loss_at)
+        assert callback.hypergradients["l2"].item() == pytest.approx(expected, rel=EXACT)
+
+
+def test_weights_that_are_moved_in_place_between_backward_passes_are_refused():
+    class Sharpness(SmallNet):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            with torch.no_grad():
+                steps = [0.05 * param.grad for param in self.net.parameters()]
+                for param, step in zip(self.net.parameters(), steps, strict=True):
+                    param.add_(step)
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            with torch.no_grad():
+                for param, step in zip(self.net.parameters(), steps, strict=True):
+                    param.sub_(step)
+            optimizer.step()
+
+    with pytest.raises(MisconfigurationException, match=r"changed in place.*sharpness-aware"):
+        fit(Sharpness(lr=0.1), RTHO(["lr"], hyper_batch_size=2), steps=6)
+
+
 def test_reverse_mode_refuses_manual_optimization():
     with pytest.raises(MisconfigurationException, match="`TRHO` cannot follow manual optimization"):
         fit(ByHand(lr=0.1), TRHO(["lr"]))

@@ -1,5 +1,6 @@
 """Bad input gets an error that names the argument, shows the value and says what to do."""
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import optim
+from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_rtho import (
@@ -112,6 +114,21 @@ class UsedNowhere(Untouched):
         self.forgotten = Hyperparameter(1.0, Positive())
 
 
+class Sampling(Untouched):
+    def __init__(self, mean: Any, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.mean, self.noise = mean, Hyperparameter(0.1, Positive())
+
+    def training_step(self, batch, batch_idx):
+        noise = torch.normal(self.mean, self.noise * torch.ones_like(batch[0]))
+        return super().training_step([batch[0] + noise, batch[1]], batch_idx)
+
+
+class Lazy(Untouched):
+    def training_step(self, batch, batch_idx):
+        return torch.nn.functional.mse_loss(self.net(batch[0]), batch[1])
+
+
 class TrainedHyperparameter(Untouched):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -150,6 +167,33 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
     ),
     "used nowhere, in reverse": (
         lambda: UsedNowhere(lr=0.1), TRHO, {}, MisconfigurationException, "`forgotten`.*nowhere"
+    ),
+    "samples": (
+        lambda: Sampling(torch.zeros(3), lr=0.1),
+        RTHO,
+        {},
+        MisconfigurationException,
+        r"`torch.normal\(mean, std\)`, whose derivative.*`mean \+ std \* torch.randn_like\(mean\)",
+    ),
+    "samples about a number, in reverse": (
+        lambda: Sampling(0.0, lr=0.1), TRHO, {}, MisconfigurationException, "`torch.normal"
+    ),
+    "lazy weights": (
+        lambda: Lazy(lr=0.1, body=lambda: torch.nn.LazyLinear(1)),
+        lambda: RTHO(["lr"]),
+        {},
+        MisconfigurationException,
+        "`net.weight` has no shape yet.*`num_sanity_val_steps`",
+    ),
+    "lazy statistics": (
+        lambda: Lazy(
+            lr=0.1,
+            body=lambda: torch.nn.Sequential(torch.nn.Linear(3, 1), torch.nn.LazyBatchNorm1d()),
+        ),
+        lambda: RTHO(["lr"]),
+        {},
+        MisconfigurationException,
+        "has no shape yet",
     ),
     "trained as a weight": (
         lambda: TrainedHyperparameter(), RTHO, {}, ValueError, "`params` must hold weights"
@@ -238,10 +282,14 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
 def test_refused_before_a_weight_has_moved(case):
     make_module, make_callback, settings, error, message = CASES[case]
     module = make_module()
-    before = [p.detach().clone() for p in module.parameters()]
+    before = [copy.deepcopy(p) for p in module.parameters()]
     with pytest.raises(error, match=f"(?s){message}"):
         fit(module, make_callback(), **settings)
-    assert all(torch.equal(p, old) for p, old in zip(module.parameters(), before, strict=True))
+    assert all(_equal(p, old) for p, old in zip(module.parameters(), before, strict=True))
+
+
+def _equal(weight: torch.Tensor, old: torch.Tensor) -> bool:
+    return is_lazy(weight) if is_lazy(old) else torch.equal(weight, old)
 
 
 class ScaledGradient(SmallNet):

@@ -514,6 +514,35 @@ def test_a_moving_weight_that_gradients_flow_through_is_read_where_it_stood(obse
     torch.testing.assert_close(*found, rtol=1e-10, atol=0)  # rounding
 
 
+class Overwriting(SmallNet):
+    """Writes to its batch."""
+
+    def training_step(self, batch, batch_idx):
+        batch[0].mul_(0.5).add_(0.1)
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_step_that_writes_to_its_batch_is_made_again_as_it_was():
+    settings = {"hyper_batch_size": 3, "outer_optimizer": None}
+    plain, found = Overwriting(lr=0.1), []
+    fit(plain, steps=10)
+    for callback in (
+        TRHO(["lr"], **settings, start_step=1, tape=KeepGraph()),
+        TRHO(["lr"], **settings),  # leaves the first step out
+        RTHO(["lr"], **settings, curvature_fraction=0.5),
+    ):
+        observed = Overwriting(lr=0.1)
+        if isinstance(callback, TRHO) and callback.start_step == 1:
+            fit(observed, callback, steps=10)
+        else:
+            with pytest.warns(UserWarning, match="wrote to its batch at step 0: hypergradients"):
+                fit(observed, callback, steps=10)
+        assert all(map(torch.equal, plain.parameters(), observed.parameters()))
+        assert [update.step for update in callback.schedule] == [4, 7, 10]
+        found.append([update.hypergradients["lr"] for update in callback.schedule])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=0)  # rounding
+
+
 FUNCTION_TRANSFORMS = {
     "forward": (RTHO, None),
     "recompute": (TRHO, r"uses `torch.func` beside a network"),

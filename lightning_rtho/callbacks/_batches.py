@@ -1,0 +1,80 @@
+"""Copies of batches, to which training steps may write."""
+
+import copy
+from typing import Any
+
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from lightning_rtho._numerics import version_of
+
+__all__ = ["BatchCopies", "cloned"]
+
+
+class BatchCopies:
+    """Copies what holds the tensors of batches; the tensors, once a step has written to some.
+
+    Attributes:
+        clones: Whether tensors are copied.
+
+    Example:
+        >>> import torch
+        >>> batch, copies = {"x": torch.zeros(2)}, BatchCopies()
+        >>> first = copies.take(batch)
+        >>> batch["x"] += 1  # as a step may do
+        >>> copies.are_spoilt()
+        True
+        >>> second = copies.take(batch)
+        >>> batch["x"] += 1
+        >>> copies.are_spoilt(), second
+        (False, {'x': tensor([1., 1.])})
+    """
+
+    def __init__(self) -> None:
+        self.clones = False
+        self._taken: list[tuple[Tensor, int | None]] = []
+
+    def take(self, batch: Any) -> Any:
+        """Copy a batch.
+
+        Args:
+            batch: The batch, tensors in any collection.
+
+        Returns:
+            The copy.
+        """
+        if self.clones:
+            return cloned(batch)
+        self._taken = []
+
+        def note(tensor: Tensor) -> Tensor:
+            self._taken.append((tensor, version_of(tensor)))
+            return tensor
+
+        return _mapped(batch, note)
+
+    def are_spoilt(self) -> bool:
+        """Tell whether the last batch that was copied has been written to, and its copy with it."""
+        taken, self._taken = self._taken, []
+        is_spoilt = any(version_of(tensor) != version for tensor, version in taken)
+        self.clones |= is_spoilt
+        return is_spoilt
+
+
+def cloned(batch: Any) -> Any:
+    """Copy a batch and its tensors.
+
+    Args:
+        batch: The batch, tensors in any collection.
+
+    Returns:
+        The copy.
+    """
+    return _mapped(batch, Tensor.clone)
+
+
+def _mapped(batch: Any, function: Any) -> Any:
+    copied = apply_to_collection(batch, Tensor, function)
+    if copied is batch and not isinstance(batch, Tensor) and hasattr(batch, "__dict__"):
+        return copy.copy(batch)
+    return copied
