@@ -184,9 +184,12 @@ class FollowedRun:
         if self._sample is None:
             return replay(batch=copied)
         if not self._sample.is_checked:
+            self._sample.check(
+                batch,
+                self._module,
+                lambda part: replay(batch=cloned(part))().value,  # a step may write to it
+            )
             # Whole, so that gradients that are edited are found out, too.
-            whole = cloned(batch)  # the step may write to it
-            self._sample.check(whole, self._module, lambda part: replay(batch=part)().value)
             return replay(batch=copied)
         drawn = self._sample.draw(batch, self._trainer.global_step, batch_idx)
         return replay(batch=drawn, is_sample=True)
