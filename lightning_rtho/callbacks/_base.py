@@ -228,7 +228,7 @@ class HypergradientCallback(Callback):
             show_metrics(trainer, metrics_of(self.schedule[-1]))
         self._bar = ReadableBar(trainer.progress_bar_callback, prefix="hyperparameter/")
         self._diagnostics.start(trainer)
-        self._loop.run.await_batch(follow=self._follows(trainer))
+        self._loop.run.begin(partial(self._follows, trainer))
 
     def _make_loop(
         self,
@@ -362,7 +362,7 @@ class HypergradientCallback(Callback):
             log_metrics(trainer, {"nonfinite_steps": self._loop.nonfinite_steps})
         if self._loop.is_climbing:
             let_wait(trainer)
-        self._loop.run.await_batch(follow=self._follows(trainer))
+        self._loop.run.await_batch()
 
     def _write_down(
         self, trainer: Trainer, module: LightningModule, loop: OuterLoop, outcome: Outcome

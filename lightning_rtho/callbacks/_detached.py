@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import debug_unwrap
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -39,7 +40,7 @@ class DetachedWeights(TorchFunctionMode):
         super().__init__()
         self._place = place
         self._detached = {id(weight): weakref.ref(weight) for weight in weights}
-        self._entries: dict[int, str | None] = {}
+        self._entries: dict[tuple[str, int], str | None] = {}
         self._beside_loss: list[str | None] = []
 
     def __exit__(self, *error: Any) -> None:
@@ -58,8 +59,8 @@ class DetachedWeights(TorchFunctionMode):
         """
         found = [*self._beside_loss]
         if self._entries:
-            numbers = map(_number, graph_nodes([loss]))
-            found += [self._entries[number] for number in numbers if number in self._entries]
+            keys = map(_key, graph_nodes([loss]))
+            found += [self._entries[key] for key in keys if key in self._entries]
         return found
 
     def __torch_function__(
@@ -86,19 +87,29 @@ class DetachedWeights(TorchFunctionMode):
             if not result.requires_grad:
                 self._detached[id(result)] = weakref.ref(result)
             elif torch.is_grad_enabled() and has_detached and result.grad_fn is not None:
-                self._entries[_number(result.grad_fn)] = self._place()
+                self._note_entry(result, is_written=any(result is x for x in inputs))
         return output
+
+    def _note_entry(self, result: Tensor, *, is_written: bool) -> None:
+        place = self._place()
+        if debug_unwrap(result) is not result:  # in a function transform, with a graph of its own
+            self._beside_loss.append(place)
+        self._entries[_key(result.grad_fn)] = place
+        # Private: through a view its base has been written to, and has another node.
+        base = result._base if is_written else None
+        if base is not None and base.grad_fn is not None:
+            self._entries[_key(base.grad_fn)] = place
 
     def _is_detached(self, x: Tensor) -> bool:
         known = self._detached.get(id(x))
         return known is not None and known() is x and not x.requires_grad
 
 
-def _number(node: Any) -> int:
+def _key(node: Any) -> tuple[str, int]:
     """Return what tells a node of a graph from others, also when nobody holds it any more."""
-    # Private: torch's count of the nodes. To hold one, as identity needs, is to hold its graph.
-    number: int = node._sequence_nr()
-    return number
+    # Private: torch's count of the nodes of a thread. To hold one, as identity needs, is to hold
+    # its graph.
+    return node.name(), node._sequence_nr()
 
 
 def _read(

@@ -99,7 +99,7 @@ class FollowedRun:
         self._manual = None if module.automatic_optimization else ManualStep(module)
         self._following = self._resting = self._warned_of_resting = False
         self._live: set[Tensor] = set()
-        self._batches = 0
+        self._batches = self._losses = 0
         self._detached: DetachedWeights | None = None
         self._has_warned_of_detached = False
         self._detached_watch, self._transfer_context = ExitStack(), ExitStack()
@@ -121,13 +121,14 @@ class FollowedRun:
         for hyper in self._tuned.values():
             hyper.requires_grad_(is_live)
 
-    def await_batch(self, *, follow: bool) -> None:
-        """Make ready for what happens before a training step, if that will be followed."""
-        self._transfer_context.close()
+    def begin(self, follows: Callable[[], bool]) -> None:
+        """Make ready for the first batch; `follows` tells whether a coming step is followed."""
+        live = live_transfers(self._trainer, follows, self._make_live)
+        self._transfer_context.enter_context(live)
+
+    def await_batch(self) -> None:
+        """Let hyperparameters be numbers, where their graph might outlast the next step."""
         self._make_live(False)
-        if follow:
-            live = live_transfers(self._trainer, self._module, self._make_live)
-            self._transfer_context.enter_context(live)
 
     def before_batch(self, batch_idx: int, *, follow: bool) -> None:
         """Make ready for the coming training step, if it is followed."""
@@ -180,19 +181,17 @@ class FollowedRun:
             attributes=self._attributes,
             bystanders=self._bystanders.copy(self._trainer.global_step),
         )
-        copied = self._batch_copies.take(batch)
-        if self._sample is None:
-            return replay(batch=copied)
-        if not self._sample.is_checked:
+        if self._sample is not None and self._sample.is_checked:
+            drawn = self._sample.draw(batch, self._trainer.global_step, batch_idx)
+            return replay(batch=drawn, is_sample=True)
+        if self._sample is not None:
             self._sample.check(
                 batch,
                 self._module,
                 lambda part: replay(batch=cloned(part))().value,  # a step may write to it
             )
-            # Whole, so that gradients that are edited are found out, too.
-            return replay(batch=copied)
-        drawn = self._sample.draw(batch, self._trainer.global_step, batch_idx)
-        return replay(batch=drawn, is_sample=True)
+        # Whole, so that gradients that are edited are found out, too.
+        return replay(batch=self._batch_copies.take(batch))
 
     def _take_in_parameters(self) -> None:
         """Take in parameters that the optimizer has been given since."""
@@ -267,8 +266,10 @@ class FollowedRun:
         if not self._following:  # it rests
             return
         self._unused.look_into(loss)
-        if self._batches == 1:
+        self._losses += 1
+        if _is_looked_at(self._losses):
             check_sampling(loss)
+        if self._losses == 1:
             warn_of_own_functions(loss)
         if self._manual is not None:
             self._manual.check_order(loss)
@@ -436,7 +437,6 @@ class FollowedRun:
 
     def _close(self) -> None:
         """End what lasts as long as a training step, or as its forward pass."""
-        self._transfer_context.close()
         self._detached_watch.close()
         self._forward_context.close()
         self._hook_watch.close()
@@ -508,6 +508,7 @@ class FollowedRun:
         """Let go of everything."""
         self.after_backward()
         self._close()
+        self._transfer_context.close()
         self._statistics.collect()
         self._hooks.end(self.method.params)
         self.method.reset()
@@ -518,10 +519,10 @@ class FollowedRun:
         self._make_live(False)
 
 
-def _is_looked_at(batch: int) -> bool:
-    """Tell whether to watch one of the batches, counted from 1, for values that are detached."""
+def _is_looked_at(number: int) -> bool:
+    """Tell whether to look at a batch or loss, counted from 1, for what hides dependences."""
     # The first three, since values may be carried from one to the next, and ever fewer later.
-    return batch == 3 or batch.bit_count() == 1
+    return number == 3 or number.bit_count() == 1
 
 
 def schedulers_of(trainer: Trainer, optimizer: Optimizer) -> list[Any]:

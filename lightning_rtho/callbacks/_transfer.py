@@ -1,50 +1,54 @@
 """Hyperparameters that act where batches are transferred, before a training step begins."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 from unittest import mock
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch import Trainer
 
 __all__ = ["live_transfers"]
-
-_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
 @contextmanager
 def live_transfers(
-    trainer: Trainer, module: LightningModule, make_live: Callable[[bool], None]
+    trainer: Trainer, follows: Callable[[], bool], make_live: Callable[[bool], None]
 ) -> Iterator[None]:
-    """Let hyperparameters be live in the hooks that transfer training batches, and only there.
+    """Let hyperparameters be live while batches of followed training steps are transferred.
 
-    Lightning tells of a batch when these have run, and of their beginning not at all. What other
+    Lightning tells of a batch when its hooks (``on_before_batch_transfer`` and the like) have run,
+    and of their beginning not at all, so that we stand before what it calls around them. What other
     hooks between two steps make of a hyperparameter may outlast a step, and with it its graph.
 
     Args:
         trainer: The trainer.
-        module: The module, which may have the hooks, as may the data module.
+        follows: Tells whether the coming step is followed.
         make_live: Lets what is computed from hyperparameters have a graph, or none.
     """
+    convert_input = trainer.precision_plugin.convert_input
+    batch_to_device = trainer.strategy.batch_to_device
+    is_transferring = False
 
-    def live(hook: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(hook)
-        def run(*args: Any, **kwargs: Any) -> Any:
-            make_live(trainer.training)
-            try:
-                return hook(*args, **kwargs)
-            finally:
-                make_live(False)
+    @wraps(convert_input)
+    def begin(*args: Any, **kwargs: Any) -> Any:
+        nonlocal is_transferring
+        is_transferring = trainer.training and follows()
+        if is_transferring:
+            make_live(True)
+        return convert_input(*args, **kwargs)
 
-        return run
+    @wraps(batch_to_device)
+    def finish(*args: Any, **kwargs: Any) -> Any:
+        nonlocal is_transferring
+        moved = batch_to_device(*args, **kwargs)
+        if is_transferring:  # or a step moves something itself
+            is_transferring = False
+            make_live(False)
+        return moved
 
-    datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-    with ExitStack() as stack:
-        for owner in (module, datamodule):
-            for name in _HOOKS:
-                if owner is not None and is_overridden(name, owner):
-                    stand_in = live(getattr(owner, name))
-                    stack.enter_context(mock.patch.object(owner, name, stand_in))
+    with (
+        mock.patch.object(trainer.precision_plugin, "convert_input", begin),
+        mock.patch.object(trainer.strategy, "batch_to_device", finish),
+    ):
         yield

@@ -1,5 +1,6 @@
 """Batches of every kind: the same data in other containers give the same hypergradients."""
 
+import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -366,6 +367,32 @@ def test_a_hyperparameter_may_act_where_a_data_module_transfers_a_batch():
         found.append([update.hypergradients["h"] for update in callback.schedule])
     assert len(found[0]) == 2
     torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_hooks_that_transfer_batches_stay_the_users():
+    seen: list[bool] = []
+
+    class Mixing(L.Callback):
+        def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+            if trainer.current_epoch == 1:
+                module.on_after_batch_transfer = self.mix
+
+        def on_train_batch_end(
+            self, trainer: L.Trainer, module: L.LightningModule, *_: Any
+        ) -> None:
+            seen.append("on_after_batch_transfer" in vars(copy.deepcopy(module)))
+
+        def mix(self, batch: Any, dataloader_idx: int) -> Any:
+            return [batch[0].flip(0), batch[1]]
+
+    weights = []
+    for callbacks in ([], [RTHO(["h"], hyper_batch_size=2, outer_optimizer=None)]):
+        module = Noisy(Hyperparameter(0.3, Positive()), lr=0.1)
+        fit(module, Mixing(), *callbacks, steps=10)
+        assert "on_after_batch_transfer" in vars(module)
+        weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    assert torch.equal(*weights)
+    assert seen == [False] * 5 + [True] * 5 + [False] * 5 + [True] * 5
 
 
 @pytest.mark.parametrize("hook", ["on_train_start", "on_train_epoch_start", "on_train_batch_end"])

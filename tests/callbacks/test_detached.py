@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_rtho import RTHO, TRHO, KeepGraph, Recompute, scale_gradient, stop_gradient
+from lightning_rtho.callbacks._detached import DetachedWeights
 from tests.callbacks.problems import (
     FEATURES,
     SmallNet,
@@ -218,6 +219,33 @@ def test_what_is_written_to_a_memory_of_outputs_is_warned_of(write):
 
     with pytest.warns(UserWarning, match="from one step to the next"):
         fit(Remembering(lr=0.1), RTHO(["lr"], hyper_batch_size=2), steps=4)
+
+
+WRITES = {
+    "a part": lambda h, d: h[:2].mul_(d[:2]),
+    "a view": lambda h, d: h.view(-1).mul_(d.view(-1)),
+    "transposed": lambda h, d: h.T.mul_(d.T),
+    "copied": lambda h, d: h[1].copy_(d[1]),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_detached_values_that_are_written_through_views_are_warned_of(write):
+    class Written(SmallNet):
+        def training_step(self, batch, batch_idx):
+            predicted = self.net(batch[0]).clone()
+            WRITES[write](predicted, self.net(batch[0]).detach().exp())
+            return F.mse_loss(predicted, batch[1])
+
+    with pytest.warns(UserWarning, match="were detached"):
+        fit(Written(lr=0.1), RTHO(["lr"], hyper_batch_size=2), steps=2)
+
+
+def test_detached_values_in_a_function_transform_are_noticed():
+    w = torch.ones(2, requires_grad=True)
+    with DetachedWeights([w]) as watch:
+        loss = torch.func.grad(lambda x: (x * x.detach().norm()).sum())(w).sum()
+        assert watch.entries_of(loss)
 
 
 def test_a_tensor_that_begins_a_graph_of_its_own_is_not_warned_of():

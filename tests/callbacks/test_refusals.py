@@ -124,6 +124,16 @@ class Sampling(Untouched):
         return super().training_step([batch[0] + noise, batch[1]], batch_idx)
 
 
+class SamplingLate(Sampling):
+    def training_step(self, batch, batch_idx):
+        if self.global_step == 0:
+            return torch.nn.functional.mse_loss(self.net(batch[0] + self.noise), batch[1])
+        return super().training_step(batch, batch_idx)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Let training go on."""
+
+
 class Lazy(Untouched):
     def training_step(self, batch, batch_idx):
         return torch.nn.functional.mse_loss(self.net(batch[0]), batch[1])
@@ -286,6 +296,13 @@ def test_refused_before_a_weight_has_moved(case):
     with pytest.raises(error, match=f"(?s){message}"):
         fit(module, make_callback(), **settings)
     assert all(_equal(p, old) for p, old in zip(module.parameters(), before, strict=True))
+
+
+def test_samples_that_come_late_are_refused_before_an_update():
+    callback = RTHO(hyper_batch_size=4)
+    with pytest.raises(MisconfigurationException, match=r"`torch.normal"):
+        fit(SamplingLate(0.0, lr=0.1), callback, steps=4)
+    assert not callback.schedule
 
 
 def _equal(weight: torch.Tensor, old: torch.Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 import copy
 import random
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -541,6 +542,19 @@ def test_a_step_that_writes_to_its_batch_is_made_again_as_it_was():
         assert [update.step for update in callback.schedule] == [4, 7, 10]
         found.append([update.hypergradients["lr"] for update in callback.schedule])
     torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=0)  # rounding
+
+
+def test_examples_drawn_of_a_batch_that_is_written_to_are_copies():
+    class Once(Overwriting):
+        def training_step(self, batch, batch_idx):
+            step = super() if self.global_step == 3 else super(Overwriting, self)
+            return step.training_step(batch, batch_idx)
+
+    callback = RTHO(["lr"], hyper_batch_size=2, outer_optimizer=None, curvature_fraction=0.5)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*wrote to its batch")
+        fit(Once(lr=0.1), callback, steps=8)
+    assert [update.step for update in callback.schedule] == [2, 4, 6, 8]
 
 
 FUNCTION_TRANSFORMS = {
