@@ -150,9 +150,15 @@ def _flat_state(state: State) -> State:
 def _flat(x: Tensor, start: int = 0) -> Tensor:
     """Return ``[*P]`` as ``[n]``, ``[m, *P]`` as ``[m, n]``; counts ``[]`` and ``[m]`` as they are.
 
-    Detached, since a view would be compiled anew for every shape of the tensor behind it.
+    Detached, since a view would be compiled anew for every shape of the tensor behind it, and with
+    a memory that begins where it does, since so would one for where it begins in the memory.
     """
-    return x.flatten(start).detach() if x.dim() > start else x
+    if x.dim() <= start:
+        return x
+    flat = x.flatten(start).detach()
+    if flat.storage_offset() == 0 or flat.device.type not in {"cpu", "cuda"}:
+        return flat
+    return torch.from_dlpack(flat)
 
 
 def _unless(keep: Tensor, new: StateTangent, old: StateTangent) -> StateTangent:

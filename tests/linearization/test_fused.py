@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, optim
+from torch._dynamo.utils import counters
 
 from lightning_rtho.linearization import (
     _fused,
@@ -108,6 +109,32 @@ def test_cotangent_of_weights_on_which_nothing_depends_is_zero():
 
 
 @pytest.mark.filterwarnings("error:The derivatives of the optimizer's update")
+def test_where_tensors_begin_in_their_memory_is_nothing_to_compile_anew():
+    transition = _inputs(ONE_A_RULE[0], 3)[0]
+    bar = {name: torch.randn_like(value) for name, value in transition.state.items()}
+    expected = step_vjp(transition, bar)[0]
+    compiled = []
+    for offset in (8, 1, 0, SIZE):
+        placed = replace(transition, state=_placed(transition.state, offset))
+        given = _placed(bar, offset // 2)
+        found = fused_step_vjp(placed, given)[0]
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)  # as above
+        assert found["param"].data_ptr() == given["param"].data_ptr()
+        compiled.append(counters["stats"]["unique_graphs"])
+    assert compiled == [compiled[0]] * 4
+
+
+def _placed(state: dict[str, Tensor], offset: int) -> dict[str, Tensor]:
+    """Copy tensors into memories in which they begin somewhere."""
+    placed = {}
+    for number, (name, value) in enumerate(state.items()):
+        memory = torch.empty(offset * (number + 1) + value.numel())
+        piece = memory[offset * (number + 1) :].view(value.shape)
+        placed[name] = piece.copy_(value) if value.dim() > 0 else value
+    return placed
+
+
 def test_lack_of_memory_is_not_taken_for_a_missing_compiler(monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("full")
