@@ -190,7 +190,7 @@ class FollowedRun:
                 self._module,
                 lambda part: replay(batch=cloned(part))().value,  # a step may write to it
             )
-        # Whole, so that gradients that are edited are found out, too.
+        # Whole, if it is the first of a sample's, so that edited gradients are found out, too.
         return replay(batch=self._batch_copies.take(batch))
 
     def _take_in_parameters(self) -> None:

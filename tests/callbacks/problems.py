@@ -90,6 +90,18 @@ def fit(
 ) -> L.Trainer:
     """Train for some optimizer steps on one device, quietly."""
     L.seed_everything(7, verbose=False)
+    trainer = quiet_trainer(*callbacks, max_steps=steps, **trainer_settings)
+    trainer.fit(
+        module,
+        loader(TRAIN_SIZE, seed=1, batch_size=4, shuffle=True) if train is None else train,
+        loader(VAL_SIZE, seed=2, batch_size=VAL_SIZE) if val is None else val,
+        ckpt_path=ckpt_path,
+    )
+    return trainer
+
+
+def quiet_trainer(*callbacks: L.Callback, **settings: Any) -> L.Trainer:
+    """Make a trainer on one device that says, writes and validates nothing of itself."""
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1,
@@ -102,16 +114,7 @@ def fit(
         "check_val_every_n_epoch": 1000,
         "max_epochs": 1000,
     }
-    trainer = L.Trainer(
-        max_steps=steps, callbacks=list(callbacks), **{**defaults, **trainer_settings}
-    )
-    trainer.fit(
-        module,
-        loader(TRAIN_SIZE, seed=1, batch_size=4, shuffle=True) if train is None else train,
-        loader(VAL_SIZE, seed=2, batch_size=VAL_SIZE) if val is None else val,
-        ckpt_path=ckpt_path,
-    )
-    return trainer
+    return L.Trainer(callbacks=list(callbacks), **{**defaults, **settings})
 
 
 def validation_loss(module: L.LightningModule) -> float:

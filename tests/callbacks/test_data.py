@@ -23,6 +23,7 @@ from tests.callbacks.problems import (
     finite_difference,
     fit,
     loader,
+    quiet_trainer,
     validation_loss,
 )
 
@@ -249,10 +250,10 @@ def test_the_outer_objective_is_taken_on_the_data_that_lightning_loads_anew(ever
             x = torch.full((4, 3), float(self.current_epoch))
             return DataLoader(TensorDataset(x, torch.zeros(4, 1)), batch_size=4)
 
-    L.Trainer(
-        **{"accelerator": "cpu", "max_epochs": 4, "logger": False, "num_sanity_val_steps": 0},
-        **{"enable_checkpointing": False, "enable_progress_bar": False},
-        callbacks=[RTHO(["lr"], hyper_batch_size=2, summary=False)],
+    quiet_trainer(
+        RTHO(["lr"], hyper_batch_size=2, summary=False),
+        max_epochs=4,
+        check_val_every_n_epoch=1,
         reload_dataloaders_every_n_epochs=every,
     ).fit(Telling(lr=0.1))
     loaded = {epoch: epoch // every * every if every else 0 for epoch in range(4)}
@@ -277,10 +278,10 @@ def test_data_that_are_loaded_anew_are_taken_in_another_order(data, tmp_path):
         told.clear()
         L.seed_everything(7, verbose=False)
         callback = RTHO(["lr"], hyper_batch_size=2, summary=False, safeguard=False)
-        trainer = L.Trainer(
-            **{"accelerator": "cpu", "logger": False, "num_sanity_val_steps": 0},
-            **{"enable_checkpointing": False, "enable_progress_bar": False},
-            **{"callbacks": [callback], "max_epochs": epochs, "limit_val_batches": 1},
+        trainer = quiet_trainer(
+            callback,
+            max_epochs=epochs,
+            check_val_every_n_epoch=1,
             reload_dataloaders_every_n_epochs=2,
         )
         trainer.fit(Telling(lr=0.1), **fit_settings)
@@ -359,11 +360,7 @@ def test_a_hyperparameter_may_act_where_a_data_module_transfers_a_batch():
             L.seed_everything(7, verbose=False)
             datamodule = NoisyData(module)
             module.on_after_batch_transfer = lambda batch, dataloader_idx: batch
-            L.Trainer(
-                **{"accelerator": "cpu", "logger": False, "num_sanity_val_steps": 0},
-                **{"enable_checkpointing": False, "enable_progress_bar": False},
-                **{"callbacks": [callback], "max_steps": 8, "check_val_every_n_epoch": 1000},
-            ).fit(module, datamodule)
+            quiet_trainer(callback, max_steps=8).fit(module, datamodule)
         found.append([update.hypergradients["h"] for update in callback.schedule])
     assert len(found[0]) == 2
     torch.testing.assert_close(*found, rtol=0, atol=0)
