@@ -5,6 +5,7 @@ rates is multiplied by r. So moving the base moves the whole schedule, past and 
 derivative of a scheduled rate by the base is their quotient.
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -71,18 +72,29 @@ def check_schedulers(schedulers: Sequence[Any], one_rate: bool) -> None:
         ValueError: If groups of different rates share one least rate that is not 0.
     """
     for scheduler in _flatten(schedulers):
-        if type(scheduler) not in _KNOWN:
+        if not _is_known(type(scheduler)):
             raise TypeError(
                 f"`lr` cannot be tuned under the scheduler `{type(scheduler).__name__}`, of which "
                 "it is not known how it follows from its base. Use one of torch's own, such as "
-                "LambdaLR."
+                "LambdaLR, or derive it from one and leave its methods as they are."
             )
         if getattr(scheduler, "eta_min", 0) != 0 and not one_rate:
             raise ValueError(
                 f"`eta_min` of {type(scheduler).__name__} must be 0 where parameter groups have "
                 f"learning rates of their own, got {scheduler.eta_min}: it is shared by all of "
-                "them and would have to scale with each."
+                "them and would have to scale with each. For one rate of all groups declare it, "
+                "`self.lr = Hyperparameter(...)`, and pass it to the optimizer as `lr=self.lr`."
             )
+
+
+def _is_known(kind: type) -> bool:
+    """Tell whether a class of schedulers is homogeneous: a known one, or made as one is made."""
+    known = next((base for base in kind.__mro__ if base in _KNOWN), None)
+    return known is not None and all(
+        getattr(kind, name) is getattr(known, name)
+        for name, _ in inspect.getmembers(known, inspect.isfunction)
+        if name != "__init__"
+    )
 
 
 def separate_rates(schedulers: Sequence[Any], groups: Sequence[dict[str, Any]]) -> None:
@@ -94,7 +106,7 @@ def separate_rates(schedulers: Sequence[Any], groups: Sequence[dict[str, Any]]) 
         schedulers: The optimizer's schedulers.
         groups: The optimizer's parameter groups, whose rates are numbers by now.
     """
-    if [type(scheduler) for scheduler in schedulers] == [lr_scheduler.LambdaLR]:
+    if len(schedulers) == 1 and isinstance(schedulers[0], lr_scheduler.LambdaLR):
         (scheduler,) = schedulers
         parts = zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=False)
         for group, base, factor in parts:

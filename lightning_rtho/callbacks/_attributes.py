@@ -1,8 +1,10 @@
 """Numbers and the like that a module holds: a part of what a training step depends on."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from torch import nn
 from torchmetrics import Metric
 
 __all__ = ["Attributes", "PlainAttributes", "put_attributes", "saved_attributes"]
@@ -27,9 +29,7 @@ class PlainAttributes:
         found = {
             (namespace, name): value
             for namespace, submodule in self._module.named_modules()
-            if not isinstance(submodule, Metric)
-            for name, value in vars(submodule).items()
-            if isinstance(value, _PLAIN) and name not in _LIGHTNINGS_OWN
+            for name, value in _plain_attributes(submodule)
         }
         if found != self._last:  # else one serves for many steps
             self._last = found
@@ -39,11 +39,21 @@ class PlainAttributes:
 def put_attributes(module: LightningModule, attributes: Attributes) -> None:
     """Let a module hold again what it held, in what it still has of submodules.
 
+    Where it held nothing yet, the value of its class shows again.
+
     Args:
         module: The module.
         attributes: What :meth:`PlainAttributes.take` returned then.
     """
     submodules = dict(module.named_modules())
+    for namespace, submodule in submodules.items():
+        later = {
+            name
+            for name, value in _plain_attributes(submodule)
+            if type(value) in _PLAIN and (namespace, name) not in attributes
+        }
+        for name in later & {*dir(type(submodule))}:
+            del submodule.__dict__[name]
     for (namespace, name), value in attributes.items():
         if namespace in submodules:
             submodules[namespace].__dict__[name] = value
@@ -60,6 +70,13 @@ def saved_attributes(attributes: Attributes) -> list[list[Any]]:
     """
     numbers = {k: float(v) if isinstance(v, float) else v for k, v in attributes.items()}
     return [[*place, value] for place, value in numbers.items() if type(value) in _PLAIN]
+
+
+def _plain_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    if not isinstance(module, Metric):
+        for name, value in vars(module).items():
+            if isinstance(value, _PLAIN) and name not in _LIGHTNINGS_OWN:
+                yield name, value
 
 
 _PLAIN = (bool, int, float, str, type(None))

@@ -364,6 +364,12 @@ class HypergradientCallback(Callback):
             let_wait(trainer)
         self._loop.run.await_batch()
 
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End what lasts as long as a step, where ``on_train_batch_start`` has ended the epoch."""
+        if self._loop is not None:
+            self._loop.run.await_batch()
+
     def _write_down(
         self, trainer: Trainer, module: LightningModule, loop: OuterLoop, outcome: Outcome
     ) -> None:
@@ -485,7 +491,8 @@ class HypergradientCallback(Callback):
         if self._loop is not None and self._loop.is_climbing:
             rank_zero_warn(
                 f"The run has ended at step {trainer.global_step}, in its range test: its weights "
-                "are those of rates that were tried. Train for longer, or pass `safeguard=False`."
+                "are those of rates that were tried. Train for longer, let nothing end the run "
+                "before (`EarlyStopping(check_finite=False)`), or pass `safeguard=False`."
             )
         self._end(trainer)
 

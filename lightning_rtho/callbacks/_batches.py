@@ -14,6 +14,9 @@ __all__ = ["BatchCopies", "cloned"]
 class BatchCopies:
     """Copies what holds the tensors of batches; the tensors, once a step has written to some.
 
+    Args:
+        clones: Whether tensors are copied from the first batch on.
+
     Attributes:
         clones: Whether tensors are copied.
 
@@ -30,8 +33,8 @@ class BatchCopies:
         (False, {'x': tensor([1., 1.])})
     """
 
-    def __init__(self) -> None:
-        self.clones = False
+    def __init__(self, *, clones: bool = False) -> None:
+        self.clones = clones
         self._taken: list[tuple[Tensor, int | None]] = []
 
     def take(self, batch: Any) -> Any:
@@ -74,7 +77,7 @@ def cloned(batch: Any) -> Any:
 
 
 def _mapped(batch: Any, function: Any) -> Any:
-    copied = apply_to_collection(batch, Tensor, function)
+    copied = apply_to_collection(batch, Tensor, function, allow_frozen=True)
     if copied is batch and not isinstance(batch, Tensor) and hasattr(batch, "__dict__"):
         return copy.copy(batch)
     return copied

@@ -116,7 +116,13 @@ class CurvatureSample:
 def _size(batch: Any) -> int:
     """Return how many examples a batch has: the length of its first tensor that has axes."""
     lengths: list[int] = []
-    apply_to_collection(batch, Tensor, lambda x: lengths.append(len(x)) if x.dim() else None)
+    try:
+        apply_to_collection(batch, Tensor, lambda x: lengths.append(len(x)) if x.dim() else None)
+    except ValueError as error:
+        raise MisconfigurationException(
+            "`curvature_fraction` must be 1 for batches with frozen dataclasses, of which no "
+            "examples can be taken. Unfreeze them, or use dicts or tuples."
+        ) from error
     if not lengths:
         raise MisconfigurationException(
             f"`curvature_fraction` must be 1 for a batch without tensors, got a {type(batch)}."
@@ -125,9 +131,11 @@ def _size(batch: Any) -> int:
 
 
 def _take(batch: Any, rows: Sequence[int], size: int) -> Any:
-    """Keep some rows of the tensors that have a row for each of the `size` examples."""
+    """Copy some rows of tensors that have a row for each of the `size` examples, and all others."""
 
     def take(x: Tensor) -> Tensor:
-        return x[torch.tensor(rows, device=x.device)] if x.dim() and len(x) == size else x
+        if x.dim() and len(x) == size:
+            return x[torch.tensor(rows, device=x.device)]
+        return x.clone()
 
     return apply_to_collection(batch, Tensor, take)

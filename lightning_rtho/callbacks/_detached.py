@@ -1,14 +1,20 @@
 """Noticing that a loss depends on the weights in a way that its graph does not show."""
 
 import weakref
-from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any, Self
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.func import debug_unwrap
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode,
+    _pop_mode_temporarily,
+    has_torch_function,
+)
 
 from lightning_rtho.linearization import graph_nodes
 
@@ -43,10 +49,20 @@ class DetachedWeights(TorchFunctionMode):
         self._entries: dict[tuple[str, int], str | None] = {}
         self._beside_loss: list[str | None] = []
 
+    def __enter__(self) -> Self:
+        """Begin the watch."""
+        self._is_hidden = mock.patch.object(
+            torch.overrides, "has_torch_function", self._others_override
+        )
+        self._is_hidden.start()
+        super().__enter__()
+        return self
+
     def __exit__(self, *error: Any) -> None:
         """End the watch: what has entered is forgotten, not what is detached."""
-        self._entries, self._beside_loss = {}, []
         super().__exit__(*error)
+        self._is_hidden.stop()
+        self._entries, self._beside_loss = {}, []
 
     def entries_of(self, loss: Tensor) -> list[str | None]:
         """Return where detached values have entered a loss.
@@ -89,6 +105,15 @@ class DetachedWeights(TorchFunctionMode):
             elif torch.is_grad_enabled() and has_detached and result.grad_fn is not None:
                 self._note_entry(result, is_written=any(result is x for x in inputs))
         return output
+
+    def _others_override(self, tensors: Iterable[Any]) -> bool:
+        """Tell whether any but the watch overrides functions of tensors."""
+        # Transformers and attention ask for that, and compute in another way if so. Private, both:
+        # what is public tells of modes and tensors together.
+        if _get_current_function_mode() is not self:
+            return has_torch_function(tensors)
+        with _pop_mode_temporarily():
+            return has_torch_function(tensors)
 
     def _note_entry(self, result: Tensor, *, is_written: bool) -> None:
         place = self._place()

@@ -73,16 +73,21 @@ def differentiable_kernels(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def repeatable_kernels(module: nn.Module) -> Iterator[None]:
-    """Choose, for a forward pass, implementations that draw what they would draw eagerly.
+def repeatable_kernels(module: nn.Module, *, is_coarse: bool) -> Iterator[None]:
+    """Choose, for a forward pass, implementations whose loss can be computed again.
 
-    Compiled dropout draws its masks otherwise, so that no eager pass could be made with them.
+    Compiled dropout draws its masks otherwise than eager, so that no eager pass could be made with
+    them. In precisions below float32, where kernels round so differently that a gradient might as
+    well have been edited, they are those of :func:`twice_differentiable_kernels`.
 
     Args:
         module: The module that runs.
+        is_coarse: Whether it runs in such a precision.
     """
     with ExitStack() as stack:
-        if is_compiled(module) and any(map(_drops, module.modules())):
+        if is_coarse:
+            stack.enter_context(twice_differentiable_kernels(module))
+        elif is_compiled(module) and any(map(_drops, module.modules())):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
@@ -140,6 +145,7 @@ def warn_of_eager_steps(module: nn.Module) -> None:
     """
     if is_compiled(module):
         rank_zero_warn(
-            "Compiled modules have no second derivative: the steps that hypergradients follow run "
-            "them eagerly. Set `start_step` and `stop_step` to follow a part of the run alone."
+            "Compiled modules have no second derivative: hypergradients run them eagerly. So do "
+            "the steps that are followed, but for `TRHO()` without dropout, in float32 and above. "
+            "Set `start_step` and `stop_step` to follow a part of the run alone."
         )

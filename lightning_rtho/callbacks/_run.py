@@ -83,21 +83,22 @@ class FollowedRun:
         self._tuned = tuned
         self._columns = _columns(tuned)
         self.method = make_method(_params(module, optimizers), list(tuned.values()))
-        self._hooks = BackwardHooks(module, self.method.params)
         if self.method.needs_replay:
             _refuse_own_batches(module)
+        self._hooks = BackwardHooks(module, self.method.params)
         self.steps = self._skipped_steps = 0
         self._trained_count = len(self.trained)
         self._recorded = self._is_advancing = False
         self._statistics = RunningStatistics(module)
         self._buffers, self._attributes = BufferCopies(module), PlainAttributes(module)
-        self._batch_copies = BatchCopies()
+        # Processes rest together or not at all.
+        self._batch_copies = BatchCopies(clones=trainer.world_size > 1)
         self._bystanders = MovingBystanders(module, self.trained)
         self._clip = clipping(trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
         self._raw_grads: dict[Tensor, Tensor] = {}
         self._hand_over = GradientHandOver(module)
         self._manual = None if module.automatic_optimization else ManualStep(module)
-        self._following = self._resting = self._warned_of_resting = False
+        self._following = self._resting = self._warned_of_resting = self._is_live = False
         self._live: set[Tensor] = set()
         self._batches = self._losses = 0
         self._detached: DetachedWeights | None = None
@@ -118,16 +119,24 @@ class FollowedRun:
 
     def _make_live(self, is_live: bool) -> None:
         """Let what is computed from hyperparameters have a graph, or none."""
-        for hyper in self._tuned.values():
-            hyper.requires_grad_(is_live)
+        if is_live != self._is_live:
+            self._is_live = is_live
+            for hyper in self._tuned.values():
+                hyper.requires_grad_(is_live)
 
     def begin(self, follows: Callable[[], bool]) -> None:
         """Make ready for the first batch; `follows` tells whether a coming step is followed."""
-        live = live_transfers(self._trainer, follows, self._make_live)
+        live = live_transfers(
+            self._trainer, lambda: not self._is_live and follows(), self._make_live
+        )
         self._transfer_context.enter_context(live)
 
     def await_batch(self) -> None:
-        """Let hyperparameters be numbers, where their graph might outlast the next step."""
+        """End a training step, if there was one, and let hyperparameters be numbers.
+
+        What other hooks make of them might outlast the next step, and with it its graph.
+        """
+        self._close()
         self._make_live(False)
 
     def before_batch(self, batch_idx: int, *, follow: bool) -> None:
@@ -150,7 +159,9 @@ class FollowedRun:
                     self.method.reset()
                 note = partial(self._note_beginning, batch_idx)
                 self._forward_context.enter_context(noted_beginning(self._module, note))
-                self._forward_context.enter_context(repeatable_kernels(self._module))
+                is_coarse = not str(self._trainer.precision).startswith(("32", "64"))
+                kernels = repeatable_kernels(self._module, is_coarse=is_coarse)
+                self._forward_context.enter_context(kernels)
             else:
                 self._forward_context.enter_context(twice_differentiable_kernels(self._module))
             self._hook_watch.enter_context(self._hooks.watched(self.method.params))
@@ -362,6 +373,10 @@ class FollowedRun:
             self._record_statistics()
         if self._following and self._manual is not None:
             self._manual.stop()
+        if self._following:
+            self._make_live(True)
+            with refusals_explained():
+                self.method.settle()
 
     def refuse_unused(self) -> None:
         """Refuse a hyperparameter that acts nowhere; stepped by hand, it may act in few steps."""
@@ -434,6 +449,8 @@ class FollowedRun:
         """Note that the step that the method knows has been made."""
         self._is_advancing = False
         self._hand_over.after_update()
+        if self._manual is None:  # hooks of others may come before ours
+            self._make_live(False)
 
     def _close(self) -> None:
         """End what lasts as long as a training step, or as its forward pass."""
@@ -486,7 +503,7 @@ class FollowedRun:
         buffers = state["derivative_buffers"]
         write_derivative_buffers(buffers, self.method.params, self._optimizers)
         self.method.load_state_dict(state["method"], self._recollection())
-        self._batch_copies.clones = state["clones_batches"]
+        self._batch_copies.clones |= state["clones_batches"]
         if self._sample is not None and state["sample"] is not None:
             self._sample.load_state_dict(state["sample"])
 

@@ -23,7 +23,7 @@ def live_transfers(
 
     Args:
         trainer: The trainer.
-        follows: Tells whether the coming step is followed.
+        follows: Tells whether what is transferred is the batch of a coming step that is followed.
         make_live: Lets what is computed from hyperparameters have a graph, or none.
     """
     convert_input = trainer.precision_plugin.convert_input

@@ -55,6 +55,7 @@ class UnusedHyperparameters:
                 f"`{name}` is declared as a hyperparameter but used nowhere: neither the optimizer "
                 "nor the loss of the first training step depends on it. Use it there, inside of "
                 "`training_step` and not as a number (`math.exp(h)`, `float(h)`), or name the "
-                "hyperparameters to tune, as in `RTHO(['lr'])`. One that acts in later steps alone "
-                "can be in the loss as `0 * h` before."
+                "hyperparameters to tune, as in `RTHO(['lr'])`. A learning rate has to be the "
+                "optimizer's, not a scheduler's alone; one that acts in later steps alone can be "
+                "in the loss as `0 * h` before."
             )

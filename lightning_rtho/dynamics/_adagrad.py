@@ -1,8 +1,10 @@
 """Adagrad: the gradient over the root of the sum of its squares."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import Any, Self, final
 
+import torch
 from torch import Tensor
 
 from lightning_rtho._numerics import sqrt_zero_slope
@@ -22,6 +24,7 @@ class AdagradRule(UpdateRule):
 
     Attributes:
         maximize: Ascend the objective.
+        initial_accumulator_value: What the sum begins with.
 
     References:
         Duchi et al. (2011), in the form of ``torch.optim.Adagrad``.
@@ -36,9 +39,20 @@ class AdagradRule(UpdateRule):
     buffers = ("step", "sum")
 
     maximize: bool = False
+    initial_accumulator_value: float = 0.0
+
+    @classmethod
+    def from_group(cls, group: Mapping[str, Any], tuned: Collection[str]) -> Self:
+        """See :meth:`UpdateRule.from_group`."""
+        return cls(bool(group["maximize"]), float(group["initial_accumulator_value"]))
+
+    def init(self, param: Tensor, hyper: Hypers) -> State:
+        """See :meth:`UpdateRule.init`; for groups that are added, others have their buffers."""
+        total = torch.full_like(param, self.initial_accumulator_value)
+        return {"step": torch.zeros((), device=param.device), "sum": total}
 
     def update(self, state: State, grad: Tensor, hyper: Hypers) -> State:
-        """See :meth:`UpdateRule.update`; torch creates the buffers with the optimizer."""
+        """See :meth:`UpdateRule.update`."""
         step = state["step"] + 1
         grad = self.ascent(grad) + hyper["weight_decay"] * state["param"]
         total = state["sum"] + grad * grad

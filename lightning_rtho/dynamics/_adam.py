@@ -171,9 +171,10 @@ class RAdamRule(UpdateRule):
         rho_inf = 2 / (1 - hyper["beta2"]) - 1
         rho = rho_inf - 2 * step * power / (1 - power)
         rectified = rho > 5
-        # Below the threshold the radicand may be negative; it is not used there.
-        radicand = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)
-        rectification = torch.where(rectified, radicand, 1.0).sqrt()
+        # Below the threshold these may be negative or 0; they are not used there.
+        numerator = (rho - 4) * (rho - 2) * rho_inf
+        denominator = torch.where(rectified, (rho_inf - 4) * (rho_inf - 2) * rho, 1.0)
+        rectification = torch.where(rectified, numerator / denominator, 1.0).sqrt()
         adaptive = (1 - power).sqrt() / (sqrt_zero_slope(square) + hyper["eps"])
         rate = torch.where(rectified, rectification * adaptive, 1.0)
         mean_hat = mean / (1 - hyper["beta1"] ** step)

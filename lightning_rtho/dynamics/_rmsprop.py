@@ -67,7 +67,7 @@ class RMSpropRule(UpdateRule):
         """See :meth:`UpdateRule.update`."""
         grad = self.ascent(grad) + hyper["weight_decay"] * state["param"]
         square = hyper["alpha"] * state["square_avg"] + (1 - hyper["alpha"]) * grad * grad
-        new_state, variance = {"square_avg": square}, square
+        new_state, variance = {**state, "square_avg": square}, square
         if self.centered:
             mean = state.get("grad_avg", torch.zeros_like(grad))
             mean = mean + (1 - hyper["alpha"]) * (grad - mean)
@@ -77,4 +77,4 @@ class RMSpropRule(UpdateRule):
             if "momentum_buffer" in state:
                 direction = hyper["momentum"] * state["momentum_buffer"] + direction
             new_state["momentum_buffer"] = direction
-        return {"param": state["param"] - hyper["lr"] * direction, **new_state}
+        return {**new_state, "param": state["param"] - hyper["lr"] * direction}

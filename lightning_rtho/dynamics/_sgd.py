@@ -71,8 +71,8 @@ class SGDRule(UpdateRule):
         """See :meth:`UpdateRule.update`."""
         param = state["param"]
         grad = self.ascent(grad) + hyper["weight_decay"] * param
-        if not self.buffered:
-            return {"param": param - hyper["lr"] * grad}
+        if not self.buffered:  # what a scheduler has had in momentum before stays
+            return {**state, "param": param - hyper["lr"] * grad}
         if "momentum_buffer" in state:
             velocity = state["momentum_buffer"] * hyper["momentum"]
             velocity = velocity + (1 - hyper["dampening"]) * grad

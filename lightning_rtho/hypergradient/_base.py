@@ -190,6 +190,13 @@ class AbstractHypergradient(ABC):
         """
 
     @abstractmethod
+    def settle(self) -> None:
+        """Take from the losses so far what would be lost if anything but weights moved now.
+
+        For a batch that ends without an optimizer step.
+        """
+
+    @abstractmethod
     def advance(self, step: OptimizerStep) -> None:
         """Take in an optimizer step, before it is made.
 

@@ -114,7 +114,7 @@ class ForwardHypergradient(AbstractHypergradient):
 
     def forget_gradients(self, indices: Iterable[int]) -> None:
         """See :meth:`AbstractHypergradient.forget_gradients`."""
-        self._settle()
+        self.settle()
         for index in indices:
             self._grads[index] = self._grads_dot[index] = None
 
@@ -128,7 +128,7 @@ class ForwardHypergradient(AbstractHypergradient):
 
     def record(self, loss: TracedLoss, replay: Replay | None = None) -> list[Tensor | None] | None:
         """See :meth:`AbstractHypergradient.record`; adds to g_dot = H Z + dg/dlambda."""
-        self._settle()
+        self.settle()
         if self.discount != 1 and not self._is_discounted:
             self.tangents.discount(self.discount)
         self._is_discounted = True
@@ -151,8 +151,8 @@ class ForwardHypergradient(AbstractHypergradient):
             self._is_sampled = replay.is_sample
             self._linearize(replay())
 
-    def _settle(self) -> None:
-        """Add what the last loss gives to the tangents of the gradients, and let its graph go."""
+    def settle(self) -> None:
+        """See :meth:`AbstractHypergradient.settle`; lets the last loss's graph go."""
         self._compute_again()
         if self._pending is None:
             return
@@ -218,7 +218,7 @@ class ForwardHypergradient(AbstractHypergradient):
         self._look_for_edits(step)
         stepped = {transition.index for transition in step.transitions}
         if any(grad is not None and i not in stepped for i, grad in enumerate(self._grads)):
-            self._settle()  # for those that step later
+            self.settle()  # for those that step later
         is_finite, are_products_finite = are_finite(step.raw_grads), []
         for columns in self._chunks():
             grads_dot = self._grads_dot_of(step, columns)
@@ -280,7 +280,7 @@ class ForwardHypergradient(AbstractHypergradient):
 
     def hypergradient(self, outer: OuterGradient) -> Tensor:
         """See :meth:`AbstractHypergradient.hypergradient`; grad E . Z."""
-        self._settle()  # at the values that the hyperparameters had
+        self.settle()  # at the values that the hyperparameters had
         if self._edited is not None and bool(self._edited):
             raise GradientMismatchError(
                 "The gradient given to the optimizer is not the loss's: something between backward "
@@ -304,7 +304,7 @@ class ForwardHypergradient(AbstractHypergradient):
         is u, and what a common shift of all u so far does to the weights, J^T Z, stays what it is:
         a learning rate's past is scaled as a whole, not by what is added to its present value.
         """
-        self._settle()
+        self.settle()
         change = torch.linalg.solve(new.T, old.T)
         self.tangents.combine(change)
         self._grads_dot = [

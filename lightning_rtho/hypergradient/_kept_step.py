@@ -141,8 +141,9 @@ def with_gradients(
     raw_grads = []
     for transition in step.transitions:
         gradient = gradients[transition.index]
-        zero = torch.zeros_like(transition.state["param"])
-        raw_grads.append(zero if gradient is None else gradient)
+        if gradient is None:
+            gradient = torch.zeros_like(transition.state["param"])
+        raw_grads.append(gradient)
     grads = raw_grads if step.clip is None else step.clip(*raw_grads)
     transitions = [
         dataclasses.replace(transition, grad=grad)

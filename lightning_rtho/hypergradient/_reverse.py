@@ -78,6 +78,9 @@ class ReverseHypergradient(AbstractHypergradient):
         """See :meth:`AbstractHypergradient.record`."""
         return self.tape.record(loss, replay, self.params, self.hypers)
 
+    def settle(self) -> None:
+        """See :meth:`AbstractHypergradient.settle`; the tape has taken down what may move."""
+
     def advance(self, step: OptimizerStep) -> None:
         """See :meth:`AbstractHypergradient.advance`."""
         self.tape.advance(step, self.params)
@@ -194,8 +197,9 @@ class ReverseHypergradient(AbstractHypergradient):
             raise GradientMismatchError(
                 "The gradient given to the optimizer is not the loss's: something between backward "
                 "and the optimizer's step changes gradients, or `training_step` does not compute "
-                "the same loss twice, since it keeps state elsewhere than in buffers or kernels "
-                "draw dropout masks of their own. Clip by `Trainer(gradient_clip_val=...)` and "
+                "the same loss twice, since it keeps state elsewhere than in buffers, or kernels "
+                "draw dropout masks of their own or round otherwise, as under an `autocast` by "
+                "hand. Clip by `Trainer(gradient_clip_val=...)` and "
                 "scale the loss rather than its gradient; use `TRHO(tape=KeepGraph())` where a "
                 "loss cannot be computed twice."
             )

@@ -163,9 +163,9 @@ class Tangents:
         if factor == 0:
             self.clear()
             return
-        self.states = [
-            {name: factor * value for name, value in tangent.items()} for tangent in self.states
-        ]
+        for tangent in self.states:
+            for name, part in tangent.items():  # in place or not, as below
+                tangent[name] = part.mul_(factor) if is_large(part[0]) else factor * part
         self.statistics = {buffer: factor * value for buffer, value in self.statistics.items()}
 
     def combine(self, change: Tensor) -> None:
@@ -201,10 +201,11 @@ class Tangents:
         tangents = [*self.of_weights(), *(self.statistics.get(i) for i in range(len(statistics)))]
         for tangent, cotangent in zip(tangents, [*params, *statistics], strict=True):
             if tangent is not None and cotangent is not None:
-                vector = cotangent.flatten()
+                exact = torch.promote_types(cotangent.dtype, torch.float32)
+                vector = cotangent.flatten().to(exact)
                 for columns in chunks:
                     part = tangent[columns.start : columns.stop].reshape(len(columns), -1)
-                    products = part.to(vector.dtype) @ vector
+                    products = part.to(exact) @ vector
                     total[columns.start : columns.stop] += products.to(total)
         return total
 

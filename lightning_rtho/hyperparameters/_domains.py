@@ -102,6 +102,15 @@ class Positive(Domain):
         """See :meth:`Domain.from_raw`."""
         return raw.exp()
 
+    def project(self, raw: Tensor) -> Tensor:
+        """See :meth:`Domain.project`."""
+        return raw.clamp(-_largest_exponent(raw), _largest_exponent(raw))
+
+
+def _largest_exponent(raw: Tensor) -> float:
+    """Return a raw value at which the exponential is neither 0, taken negatively, nor infinite."""
+    return -math.log(torch.finfo(raw.dtype).tiny) - 1
+
 
 _NON_NEGATIVE_UNIT = 1e-6
 """Where `NonNegative` passes from linear to logarithmic: below any weight decay that matters."""
@@ -134,7 +143,7 @@ class NonNegative(Domain):
 
     def project(self, raw: Tensor) -> Tensor:
         """See :meth:`Domain.project`."""
-        return raw.clamp(min=0)
+        return raw.clamp(0, _largest_exponent(raw))
 
 
 _INTERVAL_START = math.log(999)

@@ -220,6 +220,8 @@ def _operand(number: Tensor, other: Tensor) -> Tensor:
 for _name in ("add", "sub", "mul", "truediv", "pow"):
     setattr(Number, f"__{_name}__", _arithmetic(_name, reflected=False))
     setattr(Number, f"__r{_name}__", _arithmetic(_name, reflected=True))
+    # `h *= 2` gives the name another number, as it does where `h` is one, and leaves `h`.
+    setattr(Number, f"__i{_name}__", _arithmetic(_name, reflected=False))
 
 
 class Hyperparameter(Number):

@@ -81,7 +81,8 @@ class RunningStatistics:
         """Watch the coming forward passes.
 
         Args:
-            traced: Whether the statistics that they give shall have their graphs.
+            traced: Whether the statistics that they give are computed, with their graphs; else
+                updates tell which ones move, and hold the old in the place of the new.
         """
         self.collect()
         if self._norms:
@@ -125,13 +126,16 @@ class RunningStatistics:
         first = _first_buffer(call.running_mean, self._means)
         if first is not None and call.training:
             assert call.running_mean is not None
-            with torch.set_grad_enabled(self._traced and torch.is_grad_enabled()):
-                exact = call.input.to(call.running_mean.dtype)
+            assert call.running_var is not None
+            mean, var = call.running_mean, call.running_var
+            if self._traced:
+                exact = call.input.to(mean.dtype)
                 axes = [axis for axis in range(exact.dim()) if axis != 1]
-                self._updates += [
-                    StatisticUpdate(first, call.momentum, exact.mean(axes)),
-                    StatisticUpdate(first + 1, call.momentum, exact.var(axes)),
-                ]
+                mean, var = exact.mean(axes), exact.var(axes)
+            self._updates += [
+                StatisticUpdate(first, call.momentum, mean),
+                StatisticUpdate(first + 1, call.momentum, var),
+            ]
         elif first in self._moved and torch.is_grad_enabled():
             self.reads_past = True
         return _batch_norm(*call)

@@ -78,7 +78,8 @@ def peak_memory(
     """
     arguments = [workload, method, json.dumps(options), device.type]
     command = [sys.executable, "-m", "tests.benchmarks.memory", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (_NO_HOLES if without_holes else {})
+    environment = {name: x for name, x in os.environ.items() if not name.startswith("MALLOC_")}
+    environment |= {"OMP_NUM_THREADS": "1"} | (_NO_HOLES if without_holes else {})
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if finished.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{finished.stderr[-2000:]}")

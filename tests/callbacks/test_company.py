@@ -175,6 +175,27 @@ def test_hyperparameters_in_groups_added_in_mid_run_are_followed(make, module_ty
     assert found.item() == pytest.approx(finite_difference(0.1, loss_at), rel=1e-6)
 
 
+@pytest.mark.parametrize("make", [RTHO, TRHO])
+def test_adagrad_gives_groups_that_are_added_a_sum_of_their_own(make):
+    class Divided(SmallNet):
+        def configure_optimizers(self):
+            first, second = (list(self.net[i].parameters()) for i in (0, 2))
+            rate = self.settings["lr"]
+            optimizer = optim.Adagrad(first, lr=rate, initial_accumulator_value=0.1)
+            optimizer.add_param_group({"params": second, "lr": rate})
+            return optimizer
+
+    def loss_at(lr: float) -> float:
+        module = Divided(lr=lr)
+        fit(module, steps=STEPS)
+        return validation_loss(module)
+
+    callback = make(hyper_batch_size=STEPS, outer_optimizer=None)
+    fit(Divided(lr=Hyperparameter(0.1, Positive())), callback, steps=STEPS)
+    (found,) = callback.hypergradients.values()
+    assert found.item() == pytest.approx(finite_difference(0.1, loss_at), rel=1e-6)
+
+
 class Freezing(SmallNet):
     def on_train_batch_start(self, batch, batch_idx):
         self.net[0].weight.requires_grad_(self.global_step < 4)

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from lightning_rtho import RTHO, TRHO, Hyperparameter, KeepGraph, NonNegative, Offload, Positive
 from lightning_rtho.callbacks._curvature import CurvatureSample
@@ -209,6 +209,24 @@ def test_edited_gradients_are_found_out():
         callback = method(hyper_batch_size=2, curvature_fraction=0.5)
         with pytest.raises(Exception, match="gradient"):
             fit(Edited(lr=Hyperparameter(0.1, Positive())), callback)
+
+
+def test_what_a_step_does_to_a_batch_leaves_examples_drawn_of_it_alone():
+    class Weighted(SmallNet):
+        def training_step(self, batch, batch_idx):
+            *pair, weight = batch
+            return weight.mul_(0.5) * super().training_step(pair, batch_idx)
+
+    rows = repeated_rows().dataset
+    collate = lambda pairs: [*default_collate(pairs), torch.tensor(1.0)]
+    data = DataLoader(rows, batch_size=4, collate_fn=collate)
+    found = []
+    for settings in ({"tape": KeepGraph(), "start_step": 1}, {"curvature_fraction": 0.5}):
+        callback = TRHO(["lr"], hyper_batch_size=3, outer_optimizer=None, **settings)
+        fit(Weighted(lr=0.1), callback, steps=7, train=data)
+        found.append([update.hypergradients["lr"] for update in callback.schedule])
+    assert len(found[0]) == 2
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-13)  # as above
 
 
 @pytest.mark.parametrize("fraction", [0, -0.5, 1.5, float("nan")])

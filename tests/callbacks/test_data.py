@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -36,10 +37,20 @@ class Pair(NamedTuple):
     y: Tensor
 
 
+@dataclass(frozen=True)
+class FrozenPair:
+    x: Tensor
+    y: Tensor
+
+    def to(self, device: torch.device, **settings: Any) -> "FrozenPair":
+        return FrozenPair(self.x.to(device, **settings), self.y.to(device, **settings))
+
+
 KINDS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], tuple[Tensor, Tensor]]]] = {
     "dict": (lambda x, y: {"x": x, "y": y}, lambda batch: (batch["x"], batch["y"])),
     "nested list": (lambda x, y: [[x], {"y": [y]}], lambda batch: (batch[0][0], batch[1]["y"][0])),
     "named tuple": (Pair, lambda batch: (batch.x, batch.y)),
+    "frozen": (FrozenPair, lambda batch: (batch.x, batch.y)),
     "packed sequence": (
         lambda x, y: (pack_sequence([row[:, None] for row in x]), y),
         lambda batch: (pad_packed_sequence(batch[0], batch_first=True)[0].squeeze(2), batch[1]),
@@ -98,6 +109,19 @@ def test_batches_in_other_containers(kind, method, data):
     )
     # Validation batches are shuffled by a generator of their own: sums in another order.
     torch.testing.assert_close(found, plain, rtol=1e-12, atol=0)
+
+
+def test_no_examples_are_drawn_of_frozen_batches(data):
+    def collate(rows):
+        return FrozenPair(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+    class Reading(SmallNet):
+        def training_step(self, batch, batch_idx):
+            return super().training_step((batch.x, batch.y), batch_idx)
+
+    train = DataLoader(data[0], batch_size=BATCH, collate_fn=collate)
+    with pytest.raises(MisconfigurationException, match="with frozen dataclasses"):
+        fit(Reading(lr=0.1), RTHO(["lr"], curvature_fraction=0.5), train=train)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -366,6 +390,26 @@ def test_a_hyperparameter_may_act_where_a_data_module_transfers_a_batch():
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("first", [0, 2])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_may_move_data_as_lightning_does(method, first):
+    class Moving(SmallNet):
+        def training_step(self, batch, batch_idx):
+            if self.global_step >= first:
+                converted = self.trainer.precision_plugin.convert_input(batch[0].clone())
+                self.trainer.strategy.batch_to_device(converted)
+            return super().training_step(batch, batch_idx)
+
+    found = []
+    for module_type in (SmallNet, Moving):
+        module = module_type(lr=0.1, l2=Hyperparameter(0.01, Positive()))
+        callback = METHODS[method](hyper_batch_size=4, outer_optimizer=None)
+        fit(module, callback, steps=8)
+        found.append([update.hypergradients["l2"] for update in callback.schedule])
+    assert len(found[0]) == 2
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
 def test_hooks_that_transfer_batches_stay_the_users():
     seen: list[bool] = []
 
@@ -392,6 +436,7 @@ def test_hooks_that_transfer_batches_stay_the_users():
     assert seen == [False] * 5 + [True] * 5 + [False] * 5 + [True] * 5
 
 
+@pytest.mark.parametrize("is_callback", [False, True])
 @pytest.mark.parametrize("hook", ["on_train_start", "on_train_epoch_start", "on_train_batch_end"])
 @pytest.mark.parametrize(
     "callback",
@@ -401,21 +446,25 @@ def test_hooks_that_transfer_batches_stay_the_users():
     ],
     ids=["forward, stopped", "reverse"],
 )
-def test_what_is_made_of_a_hyperparameter_between_steps_is_a_constant(callback, hook):
+def test_what_is_made_of_a_hyperparameter_between_steps_is_a_constant(callback, hook, is_callback):
     class Prepared(SmallNet):
         shift = 0.1
 
         def training_step(self, batch, batch_idx):
             return super().training_step([batch[0] + self.shift, batch[1]], batch_idx)
 
-    def prepare(self: Prepared, *args: Any) -> None:
-        self.shift = 1.0 * self.lr * torch.ones(3)
+    def prepare(module: Prepared, *args: Any) -> None:
+        module.shift = 1.0 * module.lr * torch.ones(3)
 
-    setattr(Prepared, hook, prepare)
+    before = L.Callback()
+    if is_callback:
+        setattr(before, hook, lambda trainer, module, *args: prepare(module))
+    else:
+        setattr(Prepared, hook, prepare)
     plain, observed = (Prepared(lr=Hyperparameter(0.1, Positive())) for _ in range(2))
     for module in (plain, observed):
         module.lr = module.settings["lr"]
-    fit(plain, steps=12)
-    fit(observed, callback, steps=12)
+    fit(plain, before, steps=12)
+    fit(observed, before, callback, steps=12)
     for one, other in zip(plain.parameters(), observed.parameters(), strict=True):
         assert torch.equal(one, other)

@@ -161,6 +161,30 @@ def test_two_processes_equal_one(method, options, unused, settings, tmp_path):
     assert len(one["values"]) == 2
 
 
+class Doubling(Shared):
+    def training_step(self, batch, batch_idx):
+        if self.global_rank == 1:
+            batch = self.doubled(batch)
+        return super().training_step(batch, batch_idx)
+
+    def doubled(self, batch):
+        return [2 * batch[0], batch[1]]
+
+
+class DoublingInPlace(Doubling):
+    def doubled(self, batch):
+        return [batch[0].mul_(2), batch[1]]
+
+
+def test_one_process_may_write_to_its_batch(tmp_path):
+    found = []
+    for module_type in (Doubling, DoublingInPlace):
+        strategy = DDPStrategy(start_method="spawn", process_group_backend="gloo")
+        path = tmp_path / module_type.__name__
+        found.append(run("recompute", path, 2, strategy, module_type=module_type))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
 class EditsLate(Shared):
     def on_before_optimizer_step(self, optimizer):
         if self.global_step == 4:

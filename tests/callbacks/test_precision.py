@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
@@ -102,6 +102,39 @@ def test_reduced_precision_agrees_with_float32(method, settings, tolerance):
     reduced = hypergradients(OBSERVERS[method](), **settings)
     assert reduced == pytest.approx(full, rel=tolerance)
     assert reduced != full
+
+
+class Attending(SmallNet):
+    """Attention, whose fast kernels round otherwise than its formula."""
+
+    def __init__(self) -> None:
+        super().__init__(lr=Hyperparameter(0.1, Positive()))
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.words = nn.Linear(1, 16)
+
+    def training_step(self, batch, batch_idx):
+        words = self.words(batch[0][..., None]).sin()
+        mixed, _ = self.attention(words, words, words, need_weights=False)
+        return super().training_step(batch, batch_idx) + mixed.square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.settings["lr"])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_steps_are_made_again_as_they_were_where_kernels_round_coarsely(precision, accumulate):
+    torch.set_default_dtype(torch.float32)
+    settings = {"precision": precision, "accumulate_grad_batches": accumulate}
+    found, weights = [], []
+    for method in ("recompute", "keep graph"):
+        module, callback = Attending(), OBSERVERS[method]()
+        fit(module, callback, steps=8, **settings)
+        weights.append([*module.parameters()])
+        found.append([update.hypergradients["settings.lr"] for update in callback.schedule])
+    assert len(found[0]) == 2
+    assert all(map(torch.equal, *weights))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=0)  # sums in another order
 
 
 @pytest.mark.parametrize("clip", [None, 0.5])

@@ -245,17 +245,21 @@ def test_buffers_of_scripted_layers_are_put_back():
     assert all(map(torch.equal, plain.parameters(), observed.parameters()))
 
 
-def test_a_step_that_a_hook_skips_is_none():
-    class SkippingOne(L.Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            return -1 if trainer.global_step == 3 else None
+def test_nothing_lasts_longer_than_an_epoch_that_a_hook_ends():
+    class EndsEarly(SmallNet):
+        def on_train_batch_start(self, batch, batch_idx):
+            return -1 if batch_idx == 3 else None
 
-    module = SmallNet(lr=0.1)
-    own = module.training_step
-    callback = TRHO(["lr"], hyper_batch_size=2)
-    fit(module, callback, SkippingOne(), steps=6, max_epochs=3)
-    assert module.training_step == own
-    assert "training_step" not in vars(module)
+        def on_train_epoch_end(self):
+            assert "training_step" not in vars(self)
+            assert not self.l2.requires_grad
+
+    module = EndsEarly(lr=0.1, l2=Hyperparameter(0.02, Positive()))
+    callback = TRHO(hyper_batch_size=2)
+    trainer = fit(module, callback, steps=6, max_epochs=3)
+    assert trainer.global_step == 6
+    assert trainer.current_epoch == 2
+    assert len(callback.schedule) == 3
 
 
 def test_batches_that_a_step_takes_itself_are_refused_by_name():

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.loggers import CSVLogger
 from torch import optim
 from torch.optim import lr_scheduler as lrs
@@ -24,6 +25,7 @@ from lightning_rtho import (
     Positive,
     Recompute,
 )
+from lightning_rtho.schedulers import check_schedulers
 from tests.callbacks.problems import SmallNet, finite_difference, fit, validation_loss
 
 # Every scheduler, with each rate it is given in proportion to the base.
@@ -212,6 +214,41 @@ def test_rate_moves_on_after_a_group_was_added_that_the_scheduler_reads_by_itsel
     optimizer.write_hyperparameters()
     assert [group["lr"] for group in inner.param_groups] == pytest.approx([0.2, 0.01], rel=1e-7)
     assert scheduler.base_lrs == pytest.approx([0.2], rel=1e-7)  # 0.2 in float32
+
+
+class WarmedUp(lrs.LambdaLR):
+    """Of one's own, as it is written for warmups: torch's, with its function."""
+
+    def __init__(self, optimizer: optim.Optimizer, steps: int) -> None:
+        self.steps = steps
+        super().__init__(optimizer, self.factor)
+
+    def factor(self, step: int) -> float:
+        return min(1.0, (1 + step) / self.steps)
+
+
+def test_schedulers_of_ones_own_that_are_torchs_otherwise_are_followed():
+    def loss_at(lr: float) -> float:
+        module = Scheduled(lambda o, lr: WarmedUp(o, 3), lr=lr)
+        fit(module, steps=5)
+        return validation_loss(module)
+
+    callback = RTHO(["lr"], hyper_batch_size=5, outer_optimizer=None)
+    fit(Scheduled(lambda o, lr: WarmedUp(o, 3), lr=0.1), callback, steps=5)
+    expected = finite_difference(0.1, loss_at)
+    assert callback.hypergradients["lr"].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_plateaus_of_lightnings_command_line_are_followed():
+    check_schedulers([ReduceLROnPlateau(optim.SGD([torch.zeros(1)], lr=0.1), "loss")], True)
+
+
+@pytest.mark.parametrize("method", ["get_lr", "step", "_get_closed_form_lr"])
+def test_schedulers_that_compute_rates_themselves_are_refused(method):
+    own = type("Own", (lrs.StepLR,), {method: lambda self, *args: [0.1]})
+    scheduler = own(optim.SGD([torch.zeros(1)], lr=0.1), 2)
+    with pytest.raises(TypeError, match="under the scheduler `Own`"):
+        check_schedulers([scheduler], True)
 
 
 class Grouped(Scheduled):

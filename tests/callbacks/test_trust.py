@@ -485,16 +485,22 @@ def test_a_mean_teacher_stands_where_it_stood_while_steps_are_made_again(
     assert len(compared) == 4 - skipped
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize(
     "observe", [RTHO, TRHO, lambda *a, **kw: RTHO(*a, **kw, curvature_fraction=0.5)]
 )
-def test_a_moving_weight_that_gradients_flow_through_is_read_where_it_stood(observe):
+def test_a_moving_weight_that_gradients_flow_through_is_read_where_it_stood(observe, accumulate):
     class AsNumber(SmallNet):
+        number = 1.0
+
         def scale(self):
-            return 0.9**self.global_step
+            return self.number
 
         def training_step(self, batch, batch_idx):
             return nn.functional.mse_loss(self.net(batch[0]) * self.scale(), batch[1])
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.number *= 0.9
 
     class AsWeight(AsNumber):
         def __init__(self, **settings: Any) -> None:
@@ -510,9 +516,33 @@ def test_a_moving_weight_that_gradients_flow_through_is_read_where_it_stood(obse
     found = []
     for kind in (AsNumber, AsWeight):
         callback = observe(["lr"], hyper_batch_size=2, outer_optimizer=None)
-        fit(kind(lr=0.1), callback, steps=8)
+        fit(kind(lr=0.1), callback, steps=8, accumulate_grad_batches=accumulate)
         found.append([update.hypergradients["lr"] for update in callback.schedule])
     torch.testing.assert_close(*found, rtol=1e-10, atol=0)  # rounding
+
+
+@pytest.mark.parametrize("observer", OBSERVERS)
+def test_a_teacher_in_eval_mode_runs_on_the_fast_path_that_it_has(observer):
+    class Taught(SmallNet):
+        def __init__(self) -> None:
+            super().__init__(lr=Hyperparameter(0.1, Positive()))
+            layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+            self.teacher = nn.TransformerEncoder(layer, 2).requires_grad_(False)
+
+        def training_step(self, batch, batch_idx):
+            self.teacher.eval()
+            words = batch[0][:, :1, None].expand(-1, 3, 4)
+            padding = torch.zeros(len(words), 3, dtype=torch.bool)
+            padding[1:, -1] = True
+            taught = self.teacher(words, src_key_padding_mask=padding)
+            return nn.functional.mse_loss(self.net(batch[0]), taught.mean((1, 2))[:, None])
+
+    plain, observed = Taught(), Taught()
+    fit(plain, steps=8)
+    callback = OBSERVERS[observer]()
+    fit(observed, callback, steps=8)
+    assert all(map(torch.equal, plain.net.parameters(), observed.net.parameters()))
+    assert len(callback.schedule) == 2
 
 
 class Overwriting(SmallNet):

@@ -50,6 +50,47 @@ def test_rule_equals_torch_for_50_steps(case: Case) -> None:
             torch.testing.assert_close(state, expected, rtol=1e-11, atol=1e-13, check_dtype=False)
 
 
+@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.RMSprop])
+@pytest.mark.parametrize("settings", [{"nesterov": True}, {"centered": True}, {}], ids=str)
+def test_velocity_stays_while_a_scheduler_holds_momentum_at_0(
+    optimizer_class: type[torch.optim.Optimizer], settings: dict[str, bool]
+) -> None:
+    if not settings.keys() <= optimizer_class([torch.zeros(1)], lr=0.1).defaults.keys():
+        pytest.skip("of the other optimizer")
+    param = torch.tensor([1.0, -2.0], requires_grad=True)
+    optimizer = optimizer_class([param], lr=0.1, momentum=0.9, **settings)
+    (group,), rule_class = optimizer.param_groups, rule_class_for(optimizer)
+    for momentum in (0.9, 0.9, 0.0, 0.0, 0.9):
+        # torch refuses Nesterov's form without momentum, but where an optimizer is made.
+        group["momentum"] = momentum
+        param.grad = param.detach().sin()
+        state = {k: t.clone() for k, t in read_state(rule_class, optimizer, param).items()}
+        hyper = read_hypers(rule_class, group, param.device)
+        found = rule_class.from_group(group, ())(state, param.grad.clone(), hyper)
+        optimizer.step()
+        # Rounding of one step.
+        expected = read_state(rule_class, optimizer, param)
+        torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-15, check_dtype=False)
+
+
+def test_rectification_has_a_slope_where_its_denominator_is_0() -> None:
+    param = torch.tensor([1.0, -2.0], requires_grad=True)
+    optimizer = DifferentiableOptimizer(
+        torch.optim.RAdam([param], lr=0.1, betas=(0.5, Hyperparameter(0.6, Real())))
+    )
+    (hyper,) = optimizer.hyperparameters
+    tangent = {"param": torch.zeros(1, 2)}
+    for _ in range(8):
+        param.grad = param.detach().sin()
+        (transition,) = optimizer.transitions({id(hyper): 0})
+        slope = param.detach().cos() * tangent["param"]
+        tangent = step_jvp(transition, tangent, slope, {"beta2": torch.ones(1)})
+        optimizer.step()
+    assert tangent["param"].isfinite().all()
+    # The limit of rho is 4: never rectified, so that beta2 has no part in the weights.
+    assert torch.equal(tangent["param"], torch.zeros(1, 2))
+
+
 def _derivatives(case: Case, settings: list[str], steps: int) -> Tensor:
     """Derivative of the trained parameter by `settings` and by each entry of START ``[m, 4]``."""
     hypers = [Hyperparameter(case.settings[name], Real()) for name in settings]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lightning_rtho.hypergradient import ForwardHypergradient
+from lightning_rtho.hypergradient._tangents import Tangents
 from lightning_rtho.linearization import TracedLoss, _fused
 from tests.helpers import (
     CASES,
@@ -157,6 +158,14 @@ def test_reset_makes_the_present_state_a_constant():
         rtol=1e-10,
         atol=0,
     )
+
+
+def test_products_of_half_precision_add_up_beyond_it():
+    weight = torch.zeros(4, dtype=torch.float16)
+    tangents = Tangents([weight], 1, None)
+    tangents.write(0, range(1), {"param": torch.full((1, 4), 300.0, dtype=torch.float16)})
+    found = tangents.pulled_back([torch.full((4,), 300.0, dtype=torch.float16)], [], [range(1)])
+    assert found.tolist() == [4 * 300 * 300]  # float16 ends at 65,504
 
 
 def test_discount_0_looks_one_step_back():

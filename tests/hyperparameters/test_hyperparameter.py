@@ -530,6 +530,22 @@ def test_arithmetic_of_numbers_is_that_of_python_while_nothing_is_live() -> None
         assert result == expected
 
 
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("value", [0.5, [0.5, 0.25]], ids=["scalar", "vector"])
+def test_augmented_assignment_gives_the_name_another_number(value: Any, live: bool) -> None:
+    hyper = Hyperparameter(value, Real()).requires_grad_(live)
+    expected = torch.as_tensor(value)
+    found = hyper
+    found *= 8
+    found += 1
+    found -= 2
+    found /= 4
+    found **= 2
+    torch.testing.assert_close(torch.as_tensor(found), ((8 * expected - 1) / 4) ** 2)
+    assert torch.equal(hyper.plain, torch.as_tensor(value, dtype=hyper.dtype))
+    assert isinstance(found, Tensor) == (live or hyper.dim() > 0)
+
+
 def test_comparisons_and_conversions_are_those_of_the_number() -> None:
     h = _hyper(0.1)
     assert h == 0.1

@@ -30,6 +30,18 @@ def _trained(layer):
 
 
 @every_layer
+def test_untraced_passes_tell_which_buffers_move_and_compute_nothing(layer):
+    norm, x = _trained(layer)
+    statistics = RunningStatistics(norm)
+    statistics.start(traced=False)
+    norm(x)
+    updates = statistics.collect()
+    assert [update.buffer for update in updates] == [0, 1]
+    pairs = zip(updates, statistics.buffers, strict=True)
+    assert all(update.statistic is buffer for update, buffer in pairs)
+
+
+@every_layer
 def test_updates_are_what_torch_makes_of_its_buffers(layer):
     norm, x = _trained(layer)
     statistics = RunningStatistics(norm)
