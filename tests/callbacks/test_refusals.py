@@ -87,7 +87,8 @@ class OwnBackward(Untouched):
 
 
 class OwnSchedule(optim.lr_scheduler.StepLR):
-    pass
+    def get_lr(self):
+        return [0.1 for _ in self.base_lrs]
 
 
 class Scheduled(Untouched):
