@@ -87,7 +87,8 @@ class DetachedWeights(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Call a torch function and follow what it makes of detached values."""
-        if func is Tensor.requires_grad_:  # which begins a graph and enters none
+        # Compiled functions are not looked into; to begin a graph is to enter none.
+        if torch.compiler.is_compiling() or func is Tensor.requires_grad_:
             return func(*args, **(kwargs or {}))
         inputs = list(_tensors(_read(func, args, kwargs or {})))
         has_detached = any(map(self._is_detached, inputs))  # before `func` writes to one of them

@@ -19,6 +19,7 @@ __all__ = [
     "differentiable_kernels",
     "is_compiled",
     "repeatable_kernels",
+    "runs_compiled",
     "twice_differentiable_kernels",
     "warn_of_eager_steps",
 ]
@@ -90,6 +91,19 @@ def repeatable_kernels(module: nn.Module, *, is_coarse: bool) -> Iterator[None]:
         elif is_compiled(module) and any(map(_drops, module.modules())):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
+
+
+def runs_compiled(module: nn.Module, *, is_coarse: bool) -> bool:
+    """Tell whether compiled modules stay compiled among :func:`repeatable_kernels`.
+
+    Args:
+        module: The module that runs.
+        is_coarse: Whether it runs in a precision below float32.
+
+    Returns:
+        Whether there are any that do.
+    """
+    return is_compiled(module) and not is_coarse and not any(map(_drops, module.modules()))
 
 
 def _drops(layer: nn.Module) -> bool:

@@ -26,6 +26,7 @@ from lightning_rtho.callbacks._detached import DetachedWeights
 from lightning_rtho.callbacks._hand_over import GradientHandOver
 from lightning_rtho.callbacks._kernels import (
     repeatable_kernels,
+    runs_compiled,
     twice_differentiable_kernels,
     warn_of_eager_steps,
 )
@@ -159,8 +160,7 @@ class FollowedRun:
                     self.method.reset()
                 note = partial(self._note_beginning, batch_idx)
                 self._forward_context.enter_context(noted_beginning(self._module, note))
-                is_coarse = not str(self._trainer.precision).startswith(("32", "64"))
-                kernels = repeatable_kernels(self._module, is_coarse=is_coarse)
+                kernels = repeatable_kernels(self._module, is_coarse=self._is_coarse)
                 self._forward_context.enter_context(kernels)
             else:
                 self._forward_context.enter_context(twice_differentiable_kernels(self._module))
@@ -173,8 +173,20 @@ class FollowedRun:
             if self._detached is None:
                 moving = [param for param in self.trained if param.requires_grad]
                 self._detached = DetachedWeights(moving)
-            if not self._has_warned_of_detached and _is_looked_at(self._batches):
+            if _is_looked_at(self._batches) and self._can_watch():
                 self._detached_watch.enter_context(self._detached)
+
+    @property
+    def _is_coarse(self) -> bool:
+        """Whether training steps run in a precision below float32."""
+        return not str(self._trainer.precision).startswith(("32", "64"))
+
+    def _can_watch(self) -> bool:
+        """Tell whether to look for detached values; what is compiled would be compiled again."""
+        is_replayed = self.method.needs_replay
+        return not self._has_warned_of_detached and not (
+            is_replayed and runs_compiled(self._module, is_coarse=self._is_coarse)
+        )
 
     def _note_beginning(self, batch_idx: int, batch: Any) -> None:
         """Take down what the training step depends on, as it begins."""

@@ -389,6 +389,35 @@ def test_kept_graphs_are_verified_anew_in_each_run():
         fit(SmallNet(optim.SGD, body=FOLLOWED["checkpointed"], lr=0.1), callback, steps=4)
 
 
+@pytest.mark.parametrize("compiles", ["module", "function"])
+def test_a_step_that_is_made_again_is_compiled_as_without_us(compiles):
+    graphs: list[Any] = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    class Compiled(SmallNet):
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**settings)
+            inner = self.net if compiles == "module" else lambda x: self.net(x)
+            self.fast = torch.compile(inner, backend=backend, fullgraph=True)
+
+        def training_step(self, batch, batch_idx):
+            return torch.nn.functional.mse_loss(self.fast(batch[0]), batch[1])
+
+    weights, counts = [], []
+    for callbacks in ([], [TRHO(["lr"], hyper_batch_size=2, outer_optimizer=None)]):
+        torch.compiler.reset()
+        graphs.clear()
+        fit(module := Compiled(lr=0.1), *callbacks, steps=6)
+        weights.append([*module.net.parameters()])
+        counts.append(len(graphs))
+    assert all(map(torch.equal, *weights))
+    # What is not known to be compiled is compiled twice: once while it is looked at.
+    assert counts == ([1, 1] if compiles == "module" else [1, 2])
+
+
 def compiled_dropout() -> nn.Module:
     net = nn.Sequential(nn.Linear(FEATURES, 4), nn.Dropout(0.5), nn.Tanh())
     return nn.Sequential(torch.compile(net), nn.Linear(4, 1))  # whose kernels draw otherwise
