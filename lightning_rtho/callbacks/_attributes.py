@@ -52,7 +52,7 @@ def put_attributes(module: LightningModule, attributes: Attributes) -> None:
             for name, value in _plain_attributes(submodule)
             if type(value) in _PLAIN and (namespace, name) not in attributes
         }
-        for name in later & {*dir(type(submodule))}:
+        for name in (name for name in later if hasattr(type(submodule), name)):
             del submodule.__dict__[name]
     for (namespace, name), value in attributes.items():
         if namespace in submodules:

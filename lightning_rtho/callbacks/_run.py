@@ -381,12 +381,12 @@ class FollowedRun:
     def after_batch(self) -> None:
         """End what lasts as long as a training step, which may have returned no loss."""
         self._close()
-        if self._following:
+        if self._following:  # or rests from here on, but for the coming update
+            self._make_live(True)
             self._record_statistics()
         if self._following and self._manual is not None:
             self._manual.stop()
         if self._following:
-            self._make_live(True)
             with refusals_explained():
                 self.method.settle()
 
