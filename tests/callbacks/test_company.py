@@ -4,6 +4,7 @@ import io
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -257,6 +258,30 @@ def test_batch_statistics_of_steps_without_a_loss_are_followed(method):
     fit(Skipping(body=normed, lr=0.1, momentum=0.5), callback, steps=STEPS)
     (found,) = callback.hypergradients.values()
     assert found.item() == pytest.approx(finite_difference(0.1, loss_at), rel=1e-6)
+
+
+class Widened(Skipping):
+    """A hyperparameter scales what is normalized first: it acts through batch statistics."""
+
+    def __init__(self, width: Any) -> None:
+        super().__init__(body=lambda: nn.Sequential(nn.BatchNorm1d(3), normed()), lr=0.1)
+        self.width = width
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step([batch[0] * self.width, batch[1]], batch_idx)
+
+
+@pytest.mark.parametrize("method", ["forward", "keep graph"])
+def test_hyperparameters_act_through_statistics_of_steps_without_a_loss(method):
+    def loss_at(width: float) -> float:
+        fit(module := Widened(width), steps=STEPS)
+        return validation_loss(module)
+
+    make = {"forward": RTHO, "keep graph": partial(TRHO, tape=KeepGraph())}[method]
+    callback = make(["width"], hyper_batch_size=5, outer_optimizer=None)
+    fit(Widened(Hyperparameter(1.3, Positive())), callback, steps=STEPS)
+    expected = finite_difference(1.3, loss_at)
+    assert callback.hypergradients["width"].item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_what_cannot_be_made_again_without_a_loss_begins_a_new_history():
