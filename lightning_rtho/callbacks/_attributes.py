@@ -47,12 +47,14 @@ def put_attributes(module: LightningModule, attributes: Attributes) -> None:
     """
     submodules = dict(module.named_modules())
     for namespace, submodule in submodules.items():
-        later = {
+        later = [
             name
             for name, value in _plain_attributes(submodule)
-            if type(value) in _PLAIN and (namespace, name) not in attributes
-        }
-        for name in (name for name in later if hasattr(type(submodule), name)):
+            if (namespace, name) not in attributes
+            and type(value) in _PLAIN  # others are in no checkpoint, and may have been there
+            and hasattr(type(submodule), name)
+        ]
+        for name in later:
             del submodule.__dict__[name]
     for (namespace, name), value in attributes.items():
         if namespace in submodules:

@@ -48,20 +48,20 @@ class DetachedWeights(TorchFunctionMode):
         self._detached = {id(weight): weakref.ref(weight) for weight in weights}
         self._entries: dict[tuple[str, int], str | None] = {}
         self._beside_loss: list[str | None] = []
+        self._hiding = mock.patch.object(
+            torch.overrides, "has_torch_function", self._others_override
+        )
 
     def __enter__(self) -> Self:
         """Begin the watch."""
-        self._is_hidden = mock.patch.object(
-            torch.overrides, "has_torch_function", self._others_override
-        )
-        self._is_hidden.start()
+        self._hiding.start()
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         """End the watch: what has entered is forgotten, not what is detached."""
         super().__exit__(*error)
-        self._is_hidden.stop()
+        self._hiding.stop()
         self._entries, self._beside_loss = {}, []
 
     def entries_of(self, loss: Tensor) -> list[str | None]:

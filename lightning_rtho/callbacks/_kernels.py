@@ -88,7 +88,7 @@ def repeatable_kernels(module: nn.Module, *, is_coarse: bool) -> Iterator[None]:
     with ExitStack() as stack:
         if is_coarse:
             stack.enter_context(twice_differentiable_kernels(module))
-        elif is_compiled(module) and any(map(_drops, module.modules())):
+        elif is_compiled(module) and _has_dropout(module):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
@@ -103,14 +103,17 @@ def runs_compiled(module: nn.Module, *, is_coarse: bool) -> bool:
     Returns:
         Whether there are any that do.
     """
-    return is_compiled(module) and not is_coarse and not any(map(_drops, module.modules()))
+    return is_compiled(module) and not is_coarse and not _has_dropout(module)
 
 
-def _drops(layer: nn.Module) -> bool:
-    """Tell whether a layer is a dropout layer, or has dropout as attention and LSTMs have."""
+def _has_dropout(module: nn.Module) -> bool:
+    """Tell whether there is a layer of dropout, or one that has it as attention and LSTMs do."""
     # Private: what all layers of dropout have in common.
-    share = layer.p if isinstance(layer, _DropoutNd) else getattr(layer, "dropout", 0)
-    return isinstance(share, (int, float)) and share > 0
+    shares = (
+        layer.p if isinstance(layer, _DropoutNd) else getattr(layer, "dropout", 0)
+        for layer in module.modules()
+    )
+    return any(isinstance(share, (int, float)) and share > 0 for share in shares)
 
 
 _embedding = torch.embedding

@@ -99,7 +99,7 @@ class FollowedRun:
         self._raw_grads: dict[Tensor, Tensor] = {}
         self._hand_over = GradientHandOver(module)
         self._manual = None if module.automatic_optimization else ManualStep(module)
-        self._following = self._resting = self._warned_of_resting = self._is_live = False
+        self._following = self._resting = self._warned_of_resting = False
         self._live: set[Tensor] = set()
         self._batches = self._losses = 0
         self._detached: DetachedWeights | None = None
@@ -120,16 +120,16 @@ class FollowedRun:
 
     def _make_live(self, is_live: bool) -> None:
         """Let what is computed from hyperparameters have a graph, or none."""
-        if is_live != self._is_live:
-            self._is_live = is_live
-            for hyper in self._tuned.values():
-                hyper.requires_grad_(is_live)
+        for hyper in self._tuned.values():
+            hyper.requires_grad_(is_live)
 
     def begin(self, follows: Callable[[], bool]) -> None:
         """Make ready for the first batch; `follows` tells whether a coming step is followed."""
-        live = live_transfers(
-            self._trainer, lambda: not self._is_live and follows(), self._make_live
-        )
+
+        def awaits_followed_step() -> bool:  # and is not in the midst of one
+            return follows() and not any(hyper.requires_grad for hyper in self._tuned.values())
+
+        live = live_transfers(self._trainer, awaits_followed_step, self._make_live)
         self._transfer_context.enter_context(live)
 
     def await_batch(self) -> None:
@@ -142,7 +142,6 @@ class FollowedRun:
 
     def before_batch(self, batch_idx: int, *, follow: bool) -> None:
         """Make ready for the coming training step, if it is followed."""
-        self._close()
         if self._following and not follow:
             self._begin_anew()  # the run is not followed any more
         follow = follow and not self._resting

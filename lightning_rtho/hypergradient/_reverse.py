@@ -199,9 +199,8 @@ class ReverseHypergradient(AbstractHypergradient):
                 "and the optimizer's step changes gradients, or `training_step` does not compute "
                 "the same loss twice, since it keeps state elsewhere than in buffers, or kernels "
                 "draw dropout masks of their own or round otherwise, as under an `autocast` by "
-                "hand. Clip by `Trainer(gradient_clip_val=...)` and "
-                "scale the loss rather than its gradient; use `TRHO(tape=KeepGraph())` where a "
-                "loss cannot be computed twice."
+                "hand. Clip by `Trainer(gradient_clip_val=...)` and scale the loss rather than its "
+                "gradient; use `TRHO(tape=KeepGraph())` where a loss cannot be computed twice."
             )
         (mean,) = mean_over_ranks([total], like=[total])
         return total if mean is None else mean, are_finite(products)

@@ -4,7 +4,6 @@ import io
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
-from functools import partial
 from typing import Any
 
 import lightning as L
@@ -36,9 +35,9 @@ from tests.callbacks.problems import (
 
 STEPS = 8
 METHODS = {
-    "forward": lambda **kw: RTHO(["lr"], **kw),
-    "recompute": lambda **kw: TRHO(["lr"], **kw),
-    "keep graph": lambda **kw: TRHO(["lr"], tape=KeepGraph(), **kw),
+    "forward": lambda names=("lr",), **kw: RTHO([*names], **kw),
+    "recompute": lambda names=("lr",), **kw: TRHO([*names], **kw),
+    "keep graph": lambda names=("lr",), **kw: TRHO([*names], tape=KeepGraph(), **kw),
 }
 COMPANY: dict[str, Any] = {
     "accumulation scheduler": lambda: GradientAccumulationScheduler({0: 1, 1: 2}),
@@ -277,8 +276,7 @@ def test_hyperparameters_act_through_statistics_of_steps_without_a_loss(method):
         fit(module := Widened(width), steps=STEPS)
         return validation_loss(module)
 
-    make = {"forward": RTHO, "keep graph": partial(TRHO, tape=KeepGraph())}[method]
-    callback = make(["width"], hyper_batch_size=5, outer_optimizer=None)
+    callback = METHODS[method](["width"], hyper_batch_size=5, outer_optimizer=None)
     fit(Widened(Hyperparameter(1.3, Positive())), callback, steps=STEPS)
     expected = finite_difference(1.3, loss_at)
     assert callback.hypergradients["width"].item() == pytest.approx(expected, rel=1e-6)

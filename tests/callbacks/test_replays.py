@@ -260,6 +260,7 @@ def test_nothing_lasts_longer_than_an_epoch_that_a_hook_ends():
     assert trainer.global_step == 6
     assert trainer.current_epoch == 2
     assert len(callback.schedule) == 3
+    assert "training_step" not in vars(module)
 
 
 def test_batches_that_a_step_takes_itself_are_refused_by_name():

@@ -50,18 +50,23 @@ def test_rule_equals_torch_for_50_steps(case: Case) -> None:
             torch.testing.assert_close(state, expected, rtol=1e-11, atol=1e-13, check_dtype=False)
 
 
-@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.RMSprop])
-@pytest.mark.parametrize("settings", [{"nesterov": True}, {"centered": True}, {}], ids=str)
+@pytest.mark.parametrize(
+    ("optimizer_class", "settings"),
+    [
+        (torch.optim.SGD, {}),
+        (torch.optim.SGD, {"nesterov": True}),
+        (torch.optim.RMSprop, {}),
+        (torch.optim.RMSprop, {"centered": True}),
+    ],
+)
 def test_velocity_stays_while_a_scheduler_holds_momentum_at_0(
     optimizer_class: type[torch.optim.Optimizer], settings: dict[str, bool]
 ) -> None:
-    if not settings.keys() <= optimizer_class([torch.zeros(1)], lr=0.1).defaults.keys():
-        pytest.skip("of the other optimizer")
     param = torch.tensor([1.0, -2.0], requires_grad=True)
     optimizer = optimizer_class([param], lr=0.1, momentum=0.9, **settings)
     (group,), rule_class = optimizer.param_groups, rule_class_for(optimizer)
     for momentum in (0.9, 0.9, 0.0, 0.0, 0.9):
-        # torch refuses Nesterov's form without momentum, but where an optimizer is made.
+        # Where an optimizer is made torch refuses Nesterov's form without momentum.
         group["momentum"] = momentum
         param.grad = param.detach().sin()
         state = {k: t.clone() for k, t in read_state(rule_class, optimizer, param).items()}
