@@ -138,7 +138,6 @@ class AbstractHypergradient(ABC):
         self.params = list(params)
         self.hypers = list(hypers)
         self.sizes = [hyper.numel() for hyper in hypers]
-        self._checks: list[tuple[int, Tensor]] = []
 
     @property
     @abstractmethod
@@ -265,26 +264,13 @@ class AbstractHypergradient(ABC):
             recollection: What belongs to the state but is not in it.
         """
 
+    @abstractmethod
     def take_faults(self) -> list[Fault]:
         """Return the steps since the last call whose derivative is not finite.
-
-        What a step's gradient and the Hessian products were is read here, not step by step, so
-        that the host need not wait for the device in every step.
 
         Returns:
             The steps, from first to last.
         """
-        checks, self._checks = self._checks, []
-        faults = []
-        for number, check in sorted(checks, key=lambda pair: pair[0]):
-            gradient, product = check.tolist()
-            if not (gradient and product):
-                faults.append(Fault(number, "Hessian product" if gradient else "gradient"))
-        return faults
-
-    def _note(self, step: OptimizerStep, gradient: Tensor, product: Tensor) -> None:
-        """Take down whether a step's gradient and Hessian products are finite, each ``[]``."""
-        self._checks.append((step.number, torch.stack([gradient, product.to(gradient.device)])))
 
     def _flat(self, parts: Sequence[Tensor | None]) -> Tensor:
         """Join one tensor a hyperparameter, each ``[*H]`` or None, to ``[m]``, float64."""

@@ -13,6 +13,7 @@ from lightning_rtho.distributed import mean_over_ranks
 from lightning_rtho.dynamics import Transition
 from lightning_rtho.hypergradient._base import (
     AbstractHypergradient,
+    Fault,
     GradientMismatchError,
     OptimizerStep,
     OuterGradient,
@@ -81,6 +82,7 @@ class ForwardHypergradient(AbstractHypergradient):
         self.discount = discount
         self._needs_replay = needs_replay
         self._dtype = tangent_dtype
+        self._checks: list[tuple[int, Tensor]] = []
         load_forward_mode()
         self.reset()
 
@@ -226,9 +228,21 @@ class ForwardHypergradient(AbstractHypergradient):
             keep = ~(is_finite & are_products_finite[-1])
             self._push(step, columns, grads_dot, keep)
             del grads_dot  # before the next are made
-        self._note(step, is_finite, torch.stack(are_products_finite).all())
+        check = torch.stack([is_finite, torch.stack(are_products_finite).all()])
+        self._checks.append((step.number, check))
         self._pending = None
         self._end_step(step)
+
+    def take_faults(self) -> list[Fault]:
+        """See :meth:`AbstractHypergradient.take_faults`."""
+        # Read here, not step by step, so that the host need not wait for the device in each.
+        checks, self._checks = self._checks, []
+        faults = []
+        for number, check in checks:
+            gradient, product = check.tolist()
+            if not (gradient and product):
+                faults.append(Fault(number, "Hessian product" if gradient else "gradient"))
+        return faults
 
     def _push(
         self, step: OptimizerStep, columns: range, grads_dot: Sequence[Tensor], keep: Tensor

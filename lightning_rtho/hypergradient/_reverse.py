@@ -12,6 +12,7 @@ from lightning_rtho.distributed import is_distributed, mean_over_ranks
 from lightning_rtho.hypergradient._arena import Arena
 from lightning_rtho.hypergradient._base import (
     AbstractHypergradient,
+    Fault,
     GradientMismatchError,
     OptimizerStep,
     OuterGradient,
@@ -47,6 +48,7 @@ class ReverseHypergradient(AbstractHypergradient):
         super().__init__(params, hypers)
         self.tape = tape
         self._verified = False
+        self._faults: list[Fault] = []
         self.tape.clear()
 
     @property
@@ -91,19 +93,24 @@ class ReverseHypergradient(AbstractHypergradient):
         betas = list(outer.statistics)
         total = self._flat(outer.hypers)
         memory: dict[int, Tensor] = {}
+        later: int | None = None
         try:
             for recorded in self.tape.backward(self.params, self.hypers):
-                is_finite = are_finite(recorded.step.raw_grads)
+                number, was_finite = recorded.step.number, _is_finite(total)
                 grads_bar = self._pull_back_update(recorded.step, alphas, total, memory)
+                # What is not finite spreads to the total: large tensors are read only after that.
+                if not _is_finite(total) and not bool(are_finite(recorded.step.raw_grads)):
+                    self._faults.append(Fault(number, "gradient"))
+                    was_finite = False
                 recorded = recorded.after_update()
                 is_first = len(self.tape) == 0
-                part, products = self._pull_back_losses(
-                    recorded, alphas, betas, grads_bar, is_first
-                )
-                total += part
-                if recorded.step.transitions:
-                    # Products with what was not finite before are not the fault of this step.
-                    self._note(recorded.step, is_finite, products | ~are_finite(grads_bar))
+                total += self._pull_back_losses(recorded, alphas, betas, grads_bar, is_first)
+                if was_finite and not _is_finite(total):
+                    # By way of alpha, a product shows in the part of the step before it.
+                    culprit = number if bool(are_finite(grads_bar)) else later
+                    if culprit is not None:  # else it is the outer objective
+                        self._faults.append(Fault(culprit, "Hessian product"))
+                later = number
                 del recorded, grads_bar  # before the tape makes the next
         finally:
             if len(self.tape):  # a window that cannot be read ends, too
@@ -151,11 +158,11 @@ class ReverseHypergradient(AbstractHypergradient):
         betas: list[Tensor | None],
         grads_bar: Sequence[Tensor],
         is_first: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         """Pull the gradient's cotangent back to the weights.
 
         Returns:
-            The part of dE/dlambda ``[m]``, and whether the products are finite, a boolean ``[]``.
+            The part of dE/dlambda ``[m]``.
 
         Raises:
             GradientMismatchError: If the step's gradient was not that of its losses.
@@ -167,7 +174,6 @@ class ReverseHypergradient(AbstractHypergradient):
         total = self._flat([None] * len(self.hypers))
         traced: list[Tensor | None] = [None] * len(self.params)
         pulled: list[Tensor | None] = [None] * len(self.params)
-        products: list[Tensor] = []
         for linearize in reversed(recorded.linearizations):
             linearization = linearize()
             # Once a run: the structure of its graphs is that of the first.
@@ -186,7 +192,6 @@ class ReverseHypergradient(AbstractHypergradient):
                 last=True,
             )
             total += self._flat(product.hypers)
-            products += [part for part in (*product.params, *product.hypers) if part is not None]
             pulled = [add(*pair) for pair in zip(pulled, product.params, strict=True)]
         self._verified = True
         for alpha, part in zip(alphas, mean_over_ranks(pulled, like=self.params), strict=True):
@@ -203,7 +208,12 @@ class ReverseHypergradient(AbstractHypergradient):
                 "gradient; use `TRHO(tape=KeepGraph())` where a loss cannot be computed twice."
             )
         (mean,) = mean_over_ranks([total], like=[total])
-        return total if mean is None else mean, are_finite(products)
+        return total if mean is None else mean
+
+    def take_faults(self) -> list[Fault]:
+        """See :meth:`AbstractHypergradient.take_faults`; of products, the last of a window."""
+        faults, self._faults = sorted(self._faults), []
+        return faults
 
     def state_dict(self) -> dict[str, Any]:
         """See :meth:`AbstractHypergradient.state_dict`; the steps of the window so far."""
@@ -225,6 +235,10 @@ def _cotangents(gradients: Sequence[Tensor | None]) -> list[StateCotangent]:
     given = [gradient for gradient in gradients if gradient is not None]
     arena = Arena(given[0].device if given else torch.device("cpu"), Arena.size_of(given))
     return [{} if gradient is None else {"param": arena.copy(gradient)} for gradient in gradients]
+
+
+def _is_finite(total: Tensor) -> bool:
+    return bool(total.isfinite().all())
 
 
 def _add_entries(total: Tensor, columns: Sequence[int], parts: Sequence[Tensor]) -> None:

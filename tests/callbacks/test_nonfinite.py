@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_rtho import RTHO, TRHO
+from lightning_rtho import RTHO, TRHO, Hyperparameter, NonNegative
 from tests.callbacks.problems import SmallNet, fit
 
 METHODS = {"forward": RTHO, "reverse": TRHO}
@@ -63,6 +63,31 @@ def test_a_product_that_is_not_finite(method, tmp_path):
     with log.open() as file:
         counts = [row["nonfinite_steps"] for row in csv.DictReader(file) if row["nonfinite_steps"]]
     assert counts == ["1"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_the_step_of_a_bad_product_is_named(method, at):
+    callback = METHODS[method](["lr"], hyper_batch_size=4)
+    with pytest.warns(UserWarning, match=f"Hessian product is not finite at step {at + 1}"):
+        fit(Bad("Hessian product", at=at, lr=0.1), callback, steps=4)
+
+
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_bad_product_with_a_hyperparameter_of_the_loss(at):
+    """It shows in the hypergradient at once, also in the first step of a window."""
+
+    class Weighed(SmallNet):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            if self.global_step == at:
+                loss = loss + Curved.apply(self.l2 * self.net[-1].bias).sum()
+            return loss
+
+    module = Weighed(l2=Hyperparameter(0.01, NonNegative()), lr=0.1)
+    callback = TRHO(hyper_batch_size=4)
+    with pytest.warns(UserWarning, match=f"Hessian product is not finite at step {at + 1}"):
+        fit(module, callback, steps=4)
 
 
 def test_forward_mode_keeps_its_history_through_a_bad_product():
