@@ -22,7 +22,13 @@ from lightning_rtho.hypergradient._base import (
 )
 from lightning_rtho.hypergradient._edits import edited
 from lightning_rtho.hypergradient._tape import RecordedStep, Tape
-from lightning_rtho.linearization import Linearization, TracedLoss, fused_step_vjp, is_large
+from lightning_rtho.linearization import (
+    Linearization,
+    TracedLoss,
+    cohort_vjp,
+    cohorts,
+    is_large,
+)
 
 __all__ = ["ReverseHypergradient"]
 
@@ -127,29 +133,28 @@ class ReverseHypergradient(AbstractHypergradient):
         """Pull alpha back through Phi and clipping, to the state; return the gradient's part.
 
         New memory costs more than what is written to it, so a large part is written over that of
-        the step before, which `memory` holds.
+        the step before, which `memory` holds by parameter.
 
         Returns:
             Cotangents of the raw gradients, one a transition, each ``[*P]``.
         """
-        grads_bar: list[Tensor] = []
         columns: list[int] = []
         parts: list[Tensor] = []
-        for transition in step.transitions:
-            index = transition.index
-            state_bar, grad_bar, hyper_bar = fused_step_vjp(
-                transition, alphas[index], memory.get(index)
+        for positions in cohorts(step.transitions):
+            cohort = [step.transitions[position] for position in positions]
+            first = cohort[0]
+            state_bars, grads_bar, hyper_bar = cohort_vjp(
+                cohort, [alphas[transition.index] for transition in cohort], memory.get(first.index)
             )
-            alphas[index], memory[index] = state_bar, grad_bar
-            columns += transition.columns.values()
-            parts += [
-                transition.slopes.get(name, 1.0) * hyper_bar[name] for name in transition.columns
-            ]
-            grads_bar.append(grad_bar)
+            for transition, state_bar, grad_bar in zip(cohort, state_bars, grads_bar, strict=True):
+                alphas[transition.index], memory[transition.index] = state_bar, grad_bar
+            columns += first.columns.values()
+            parts += [first.slopes.get(name, 1.0) * hyper_bar[name] for name in first.columns]
         _add_entries(total, columns, parts)
+        clipped_bar = [memory[transition.index] for transition in step.transitions]
         if step.clip is None or not step.transitions:
-            return grads_bar
-        return step.clip.vjp(step.raw_grads, grads_bar)
+            return clipped_bar
+        return step.clip.vjp(step.raw_grads, clipped_bar)
 
     def _pull_back_losses(
         self,

@@ -1,7 +1,7 @@
 """Derivatives of one training step: of the user's loss, of clipping, and of the update."""
 
 from lightning_rtho.linearization._clipping import ClipByNorm, ClipByValue, GradientClip
-from lightning_rtho.linearization._cohort import cohort_jvp, cohorts
+from lightning_rtho.linearization._cohort import cohort_jvp, cohort_vjp, cohorts
 from lightning_rtho.linearization._fused import fused_step_jvp, fused_step_vjp, is_large
 from lightning_rtho.linearization._gradient import Linearization, TracedLoss
 from lightning_rtho.linearization._graph import graph_leaves, graph_nodes, rounds_otherwise
@@ -24,6 +24,7 @@ __all__ = [
     "StatisticUpdate",
     "TracedLoss",
     "cohort_jvp",
+    "cohort_vjp",
     "cohorts",
     "fused_step_jvp",
     "fused_step_vjp",

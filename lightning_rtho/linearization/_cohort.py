@@ -1,4 +1,4 @@
-"""Many small parameters that are updated alike, pushed through the update as one."""
+"""Many small parameters that are updated alike, taken through the update as one."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -6,11 +6,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_rtho._types import Hypers, State, StateTangent
+from lightning_rtho._types import Hypers, State, StateCotangent, StateTangent
 from lightning_rtho.dynamics import Transition
-from lightning_rtho.linearization._fused import fused_step_jvp
+from lightning_rtho.linearization._fused import fused_step_jvp, fused_step_vjp
 
-__all__ = ["cohort_jvp", "cohorts"]
+__all__ = ["cohort_jvp", "cohort_vjp", "cohorts"]
 
 _SMALL = 2**16
 """Entries up to which joining a parameter with others costs less than calling Phi for it alone."""
@@ -57,25 +57,75 @@ def cohort_jvp(
     first = transitions[0]
     if len(transitions) == 1:
         return [fused_step_jvp(first, state_dots[0], grad_dots[0], hyper_dot, keep)]
-    shapes = [transition.grad.shape for transition in transitions]
     new_state_dot = fused_step_jvp(
-        replace(
-            first,
-            state=_join_states([t.state for t in transitions], 0),
-            grad=_join([t.grad for t in transitions], 0),
-        ),
-        _join_states(state_dots, 1),
-        _join(grad_dots, 1),
-        hyper_dot,
-        keep,
+        _joined(transitions), _join_states(state_dots, 1), _join(grad_dots, 1), hyper_dot, keep
     )
-    sizes = [shape.numel() for shape in shapes]
     parts: list[State] = [{} for _ in transitions]
     for name, value in new_state_dot.items():
-        pieces = value.split(sizes, 1) if value.dim() > 1 else [value] * len(parts)
-        for part, piece, shape in zip(parts, pieces, shapes, strict=True):
-            part[name] = piece.reshape(len(value), *shape) if value.dim() > 1 else piece
+        pieces = _split(value, transitions, 1) if value.dim() > 1 else [value] * len(parts)
+        for part, piece in zip(parts, pieces, strict=True):
+            part[name] = piece
     return parts
+
+
+def cohort_vjp(
+    transitions: Sequence[Transition],
+    new_state_bars: Sequence[StateCotangent],
+    memory: Tensor | None = None,
+) -> tuple[list[StateCotangent], list[Tensor], Hypers]:
+    """Pull cotangents back through the updates of one cohort: :func:`fused_step_vjp` of all.
+
+    Args:
+        transitions: The cohort; the buffers of a single one may be overwritten.
+        new_state_bars: Cotangent of each new state; tensors that are missing are zero. That of a
+            single one's weights may be overwritten.
+        memory: See :func:`fused_step_vjp`; of a single one.
+
+    Returns:
+        Cotangents of each state ``[*P]`` or ``[]``, of each gradient ``[*P]``, and of the tuned
+        settings, which they have in common, ``[]``.
+    """
+    first = transitions[0]
+    if len(transitions) == 1:
+        state_bar, grad_bar, hyper_bar = fused_step_vjp(first, new_state_bars[0], memory)
+        return [state_bar], [grad_bar], hyper_bar
+    joined = _joined(transitions)
+    with torch.no_grad():
+        new_state = joined.rule(joined.state, joined.grad, joined.hyper)
+    given: StateCotangent = {}
+    for name in dict.fromkeys(name for bar in new_state_bars for name in bar):
+        bars = [bar.get(name) for bar in new_state_bars]
+        if new_state[name].dim() == 0:  # a count, one for all
+            given[name] = torch.stack([bar for bar in bars if bar is not None]).sum(0)
+        else:
+            pairs = zip(bars, transitions, strict=True)
+            given[name] = _join([torch.zeros_like(t.grad) if b is None else b for b, t in pairs], 0)
+    joined_bar, joined_grad_bar, hyper_bar = fused_step_vjp(joined, given)
+    state_bars: list[StateCotangent] = [{} for _ in transitions]
+    for name, value in joined_bar.items():
+        # What depends on a count is the first one's to pass on.
+        pieces = [value] if value.dim() == 0 else _split(value, transitions, 0)
+        for state_bar, piece in zip(state_bars, pieces, strict=False):
+            state_bar[name] = piece
+    return state_bars, _split(joined_grad_bar, transitions, 0), hyper_bar
+
+
+def _joined(transitions: Sequence[Transition]) -> Transition:
+    """Make one transition of a cohort's."""
+    return replace(
+        transitions[0],
+        state=_join_states([t.state for t in transitions], 0),
+        grad=_join([t.grad for t in transitions], 0),
+    )
+
+
+def _split(joined: Tensor, transitions: Sequence[Transition], batch_dims: int) -> list[Tensor]:
+    """Take apart what :func:`_join` has joined."""
+    pieces = joined.split([t.grad.numel() for t in transitions], batch_dims)
+    return [
+        piece.reshape((*joined.shape[:batch_dims], *t.grad.shape))
+        for piece, t in zip(pieces, transitions, strict=True)
+    ]
 
 
 def _join(tensors: Sequence[Tensor], batch_dims: int) -> Tensor:
