@@ -210,7 +210,7 @@ class Offload(_ReplayTape):
 
 def _transition_state(transition: Transition) -> list[dict[str, Any]]:
     """Return the options of a transition's rule, and its other arguments."""
-    names = ("index", "state", "grad", "hyper", "columns", "slopes")
+    names = ("index", "state", "grad", "hyper", "columns", "slopes", "cohort")
     arguments = {name: getattr(transition, name) for name in names}
     return [dataclasses.asdict(transition.rule), arguments]
 

@@ -25,7 +25,9 @@ class CyclingBatches:
     """Batches of a loader, cycled without end, shuffled anew each cycle by an own generator.
 
     A ``DataLoader`` is never iterated itself, but a new one over the same data, or a copy: its
-    workers and global random state stay as they are.
+    workers and global random state stay as they are. Where it has workers, the new one has one,
+    which reads ahead; the order is the same. What a dataset draws at random in a worker is other
+    after a resume.
 
     Args:
         source: A ``DataLoader``, or any iterable that can be iterated again.
@@ -77,6 +79,8 @@ class CyclingBatches:
         self._order, self._taken = self._generator.get_state(), 0
         seed = torch.empty((), dtype=torch.int64).random_(generator=self._generator)
         torch.default_generator.manual_seed(int(seed))
+        if getattr(self._source, "num_workers", 0) > 0:  # else a loader draws this where it begins
+            torch.empty((), dtype=torch.int64).random_(generator=self._generator)
         self._iterator = iter(self._source)
 
     @contextmanager
@@ -173,4 +177,14 @@ def _own_loader(
             "drop_last": source.drop_last,
             "sampler": _Shard(shuffled, len(source.sampler), rank, world_size),
         }
-    return DataLoader(source.dataset, collate_fn=source.collate_fn, generator=generator, **order)
+    workers: dict[str, Any] = {"generator": generator}
+    if source.num_workers > 0:
+        # Its seed is the global generator's, which each cycle sets: it draws one when it starts.
+        workers = {
+            "num_workers": 1,
+            "persistent_workers": True,
+            "worker_init_fn": source.worker_init_fn,
+            "multiprocessing_context": source.multiprocessing_context,
+            "timeout": source.timeout,
+        }
+    return DataLoader(source.dataset, collate_fn=source.collate_fn, **order, **workers)

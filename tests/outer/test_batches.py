@@ -1,6 +1,7 @@
 """The stream of validation batches: endless, shuffled by itself, and unnoticed."""
 
 import itertools
+import multiprocessing
 from collections import Counter
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils.data import (
     SequentialSampler,
     SubsetRandomSampler,
     WeightedRandomSampler,
+    get_worker_info,
 )
 
 from lightning_rtho.outer import CyclingBatches, NoBatchError
@@ -184,6 +186,7 @@ LOADERS = {
     "unbatched": lambda: DataLoader(torch.arange(10.0), batch_size=None, shuffle=True),
     "augmented": lambda: DataLoader(Noisy(), batch_size=4),
     "iterable": lambda: DataLoader(Stream(), batch_size=4),
+    "with workers": lambda: DataLoader(DATA, batch_size=4, num_workers=2),
 }
 
 
@@ -205,6 +208,31 @@ def test_a_stream_goes_on_where_the_one_that_was_saved_stood(loader, taken):
     torch.rand(3)  # nor does it matter what the training run draws in between
     new.load_state_dict(old.state_dict())
     assert _take(new, 7) == _take(old, 7)
+
+
+class Told(Dataset):
+    """Tells where it is read."""
+
+    def __len__(self):
+        return len(DATA)
+
+    def __getitem__(self, index):
+        return index, get_worker_info() is not None
+
+
+@pytest.mark.parametrize("settings", [{"batch_size": 4}, {"batch_size": 3, "drop_last": True}])
+def test_a_worker_reads_ahead_in_the_order_in_which_there_is_none(settings):
+    known = set(multiprocessing.active_children())
+    stream = CyclingBatches(DataLoader(Told(), num_workers=2, **settings), seed=0)
+    alone = CyclingBatches(DataLoader(Told(), **settings), seed=0)
+    for _ in range(8):
+        (found, in_worker), (expected, in_main) = next(stream), next(alone)
+        assert found.tolist() == expected.tolist()
+        assert in_worker.all()
+        assert not in_main.any()
+    assert len(set(multiprocessing.active_children()) - known) == 1
+    del stream
+    assert set(multiprocessing.active_children()) <= known
 
 
 def test_random_samplers_of_the_users_own_draw_anew_in_each_cycle():
