@@ -210,9 +210,8 @@ class Offload(_ReplayTape):
 
 def _transition_state(transition: Transition) -> list[dict[str, Any]]:
     """Return the options of a transition's rule, and its other arguments."""
-    names = ("index", "state", "grad", "hyper", "columns", "slopes", "cohort")
-    arguments = {name: getattr(transition, name) for name in names}
-    return [dataclasses.asdict(transition.rule), arguments]
+    arguments = {f.name: getattr(transition, f.name) for f in dataclasses.fields(transition)}
+    return [dataclasses.asdict(arguments.pop("rule")), arguments]
 
 
 def _exchange(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
