@@ -28,21 +28,25 @@ def sqrt_zero_slope(x: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
 
 
-def tolerance(tensors: Sequence[Tensor]) -> float:
+def tolerance(tensors: Sequence[Tensor], precision: torch.dtype | None = None) -> float:
     """Return the relative difference below which gradients count as the same.
 
     The root of eps: far above the rounding of a sum taken in another order, far below an edit.
 
     Args:
         tensors: The gradients, each ``[*P]``.
+        precision: What else they were computed in, as by ``autocast``.
 
     Returns:
-        The tolerance of the coarsest of their dtypes.
+        The tolerance of the coarsest of these dtypes.
     """
-    return math.sqrt(max(torch.finfo(tensor.dtype).eps for tensor in tensors))
+    dtypes = {tensor.dtype for tensor in tensors} | ({precision} if precision else set())
+    return math.sqrt(max(torch.finfo(dtype).eps for dtype in dtypes))
 
 
-def differ(grads: Sequence[Tensor], others: Sequence[Tensor | None]) -> Tensor:
+def differ(
+    grads: Sequence[Tensor], others: Sequence[Tensor | None], precision: torch.dtype | None = None
+) -> Tensor:
     """Tell whether gradients differ, taken together, by more than rounding.
 
     Together, since kernels that sum in any order, as on CUDA, leave single entries that do.
@@ -50,6 +54,7 @@ def differ(grads: Sequence[Tensor], others: Sequence[Tensor | None]) -> Tensor:
     Args:
         grads: Gradients, each ``[*P]``; at least one.
         others: What they are held against, each ``[*P]``; None is zero.
+        precision: See :func:`tolerance`.
 
     Returns:
         A boolean ``[]``, not yet synchronised with the host; False where they are not finite.
@@ -58,7 +63,8 @@ def differ(grads: Sequence[Tensor], others: Sequence[Tensor | None]) -> Tensor:
     for grad, other in zip(grads, others, strict=True):
         differences.append((grad if other is None else grad - other).norm())
         norms.append(grad.norm())
-    found: Tensor = torch.stack(differences).norm() > tolerance(grads) * torch.stack(norms).norm()
+    allowed = tolerance(grads, precision) * torch.stack(norms).norm()
+    found: Tensor = torch.stack(differences).norm() > allowed
     return found
 
 

@@ -496,7 +496,8 @@ def _match_layout(buffers: MutableMapping[str, Any], grad: Tensor) -> None:
 
 def _cohort(group: int, state: State, step: Tensor | float | None) -> tuple[int, float] | None:
     """Tell which parameters are at the same step, where that costs no synchronisation."""
-    if any(value.dim() < state["param"].dim() for name, value in state.items() if name != "step"):
+    shape = state["param"].shape
+    if any(value.shape != shape for name, value in state.items() if name != "step"):
         return None  # other scalar buffers may hold other histories
     if not isinstance(step, Tensor):
         return group, step or 0.0

@@ -1,6 +1,7 @@
 """Copies of batches, to which training steps may write."""
 
 import copy
+import dataclasses
 from typing import Any
 
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -77,6 +78,11 @@ def cloned(batch: Any) -> Any:
 
 
 def _mapped(batch: Any, function: Any) -> Any:
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):  # also a frozen one
+        twin = copy.copy(batch)
+        for name in (field.name for field in dataclasses.fields(batch)):
+            object.__setattr__(twin, name, _mapped(getattr(batch, name), function))
+        return twin
     copied = apply_to_collection(batch, Tensor, function, allow_frozen=True)
     if copied is batch and not isinstance(batch, Tensor) and hasattr(batch, "__dict__"):
         return copy.copy(batch)

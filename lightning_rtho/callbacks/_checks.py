@@ -112,6 +112,12 @@ def note_what_helps(error: BaseException) -> None:
     Args:
         error: The error.
     """
+    if isinstance(error, TypeError) and "Hyperparameter" in str(error):
+        error.add_note(
+            "A live hyperparameter stands where torch takes plain numbers alone, of which it knows "
+            "no derivative. Write the operation out, as `torch.where(x > 0, x, h * x)` for a slope "
+            "h, or let it be a number."
+        )
     if isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_TRANSFORMS):
         error.add_note(
             "`TRHO(tape=KeepGraph())` keeps graphs by hooks beside which torch takes no "

@@ -98,10 +98,13 @@ class DetachedWeights(TorchFunctionMode):
         output = func(*args, **(kwargs or {}))
         if not (has_detached or has_graph):
             return output
-        for result in _tensors(args[:1] if func in _WRITES else (output,)):
+        results = [*_tensors(args[:1] if func in _WRITES else (output,))]
+        # Of several, one without a graph is that of an input without, as where they are broadcast.
+        lets_go = not any(result.requires_grad for result in results)
+        for result in results:
             if not result.is_floating_point():
                 continue
-            if not result.requires_grad:
+            if lets_go:
                 self._detached[id(result)] = weakref.ref(result)
             elif torch.is_grad_enabled() and has_detached and result.grad_fn is not None:
                 self._note_entry(result, is_written=any(result is x for x in inputs))

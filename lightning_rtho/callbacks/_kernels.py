@@ -30,8 +30,8 @@ def twice_differentiable_kernels(module: nn.Module) -> Iterator[None]:
     """Choose, for a forward pass, implementations that have a second derivative.
 
     Attention and weight normalization are computed by their plain formulas, recurrent layers by
-    torch's own kernels rather than cuDNN's, gradients of embeddings are dense, and compiled modules
-    run eagerly.
+    torch's own kernels rather than cuDNN's, gradients of embeddings are dense, and what is compiled
+    runs eagerly.
 
     Args:
         module: The module that runs; it may not checkpoint activations the reentrant way.
@@ -59,8 +59,8 @@ def differentiable_kernels(module: nn.Module) -> Iterator[None]:
     """Choose, for a forward pass, implementations of which autograd sees all.
 
     Recurrent layers are run by torch's own kernels: those of cuDNN have no second derivative, and
-    in evaluation mode not even a first. Compiled modules run eagerly: they call nothing that stands
-    in for a function of torch.
+    in evaluation mode not even a first. What is compiled, a module or a function, runs eagerly: it
+    calls nothing that stands in for a function of torch.
 
     Args:
         module: The module that runs.
@@ -68,8 +68,7 @@ def differentiable_kernels(module: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         if any(isinstance(layer, nn.RNNBase) for layer in module.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        if is_compiled(module):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
 

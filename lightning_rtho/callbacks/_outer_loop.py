@@ -159,7 +159,7 @@ class OuterLoop:
         self.run.refuse_unused()
         outer = self._evaluate()
         self._warn_of_direct_part(outer)
-        value, is_finite = outer.value.item(), outer.is_finite()
+        value, is_finite = outer.value.item(), outer.is_finite
         gone_back = self._go_back(value)
         if gone_back is not None:
             return gone_back

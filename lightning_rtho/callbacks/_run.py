@@ -176,9 +176,16 @@ class FollowedRun:
                 self._detached_watch.enter_context(self._detached)
 
     @property
+    def _precision(self) -> torch.dtype | None:
+        """What training steps are computed in, if that is below float32."""
+        name = str(self._trainer.precision)
+        if name.startswith(("32", "64")):
+            return None
+        return torch.float16 if name.startswith("16") else torch.bfloat16
+
+    @property
     def _is_coarse(self) -> bool:
-        """Whether training steps run in a precision below float32."""
-        return not str(self._trainer.precision).startswith(("32", "64"))
+        return self._precision is not None
 
     def _can_watch(self) -> bool:
         """Tell whether to look for detached values; what is compiled would be compiled again."""
@@ -390,7 +397,7 @@ class FollowedRun:
                 self.method.settle()
 
     def refuse_unused(self) -> None:
-        """Refuse a hyperparameter that acts nowhere; stepped by hand, it may act in few steps."""
+        """Refuse a hyperparameter that has acted nowhere so far; it may act in few steps."""
         self._unused.refuse()
 
     def _before_update(self, optimizer: DifferentiableOptimizer) -> None:
@@ -401,8 +408,6 @@ class FollowedRun:
             self._begin_anew()
         if not self._following:
             return
-        if self._manual is None:
-            self._unused.refuse()
         self._refuse_edits(optimizer)
         clip, raw_grads = self._clip, self._raw_grads
         if self._manual is not None:
@@ -454,6 +459,7 @@ class FollowedRun:
             clip,
             self._trainer.global_step,
             is_traced=self._hand_over.are_traced(moved),
+            precision=self._precision,
         )
 
     def _after_update(self) -> None:

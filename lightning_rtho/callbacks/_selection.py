@@ -50,11 +50,28 @@ def select_hyperparameters(
             "`self.lr = Hyperparameter(1e-3, Positive())`, or name settings of its optimizer, as "
             "in `RTHO(['lr'])`."
         )
+    if selection is None:
+        _check_groups(declared, optimizers)
     found = declared if selection is None else _chosen(selection, declared, optimizers)
     for hyper in found.values():
         if hyper.dim() > 0:
             hyper.data = hyper.data.to(module.device)
     return found
+
+
+def _check_groups(declared: Mapping[str, Hyperparameter], optimizers: Sequence[Optimizer]) -> None:
+    """Check that the module declares every hyperparameter of its optimizers."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for name in rule_class_for(optimizer).domains:
+                present = get_setting(group, name)
+                is_known = any(present is hyper for hyper in declared.values())
+                if isinstance(present, Hyperparameter) and not is_known:
+                    raise MisconfigurationException(
+                        f"The optimizer's `{name}` is {present!r}, which the module does not "
+                        "declare: it would not be tuned. Make it an attribute of the module, as "
+                        f"in `self.{name} = Hyperparameter(...)`, or name what shall be tuned."
+                    )
 
 
 def _chosen(

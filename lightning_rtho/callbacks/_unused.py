@@ -24,9 +24,14 @@ class UnusedHyperparameters:
     def __init__(
         self, tuned: Mapping[str, Hyperparameter], optimizers: Sequence[DifferentiableOptimizer]
     ) -> None:
-        acting = {id(hyper) for optimizer in optimizers for hyper in optimizer.hyperparameters}
-        self._left = {name: hyper for name, hyper in tuned.items() if id(hyper) not in acting}
+        self._left, self._optimizers = dict(tuned), optimizers
         self._has_looked = False
+        self._strike_off_settings()
+
+    def _strike_off_settings(self) -> None:
+        """Strike off those that stand in a group of an optimizer by now."""
+        acting = {id(h) for optimizer in self._optimizers for h in optimizer.hyperparameters}
+        self._left = {name: h for name, h in self._left.items() if id(h) not in acting}
 
     def look_into(self, loss: Tensor) -> None:
         """Strike off those on which a loss depends.
@@ -49,13 +54,16 @@ class UnusedHyperparameters:
         Raises:
             MisconfigurationException: If there is one.
         """
+        self._strike_off_settings()
         if self._left and self._has_looked:
             name = next(iter(self._left))
             raise MisconfigurationException(
                 f"`{name}` is declared as a hyperparameter but used nowhere: neither the optimizer "
-                "nor the loss of the first training step depends on it. Use it there, inside of "
-                "`training_step` and not as a number (`math.exp(h)`, `float(h)`), or name the "
-                "hyperparameters to tune, as in `RTHO(['lr'])`. A learning rate has to be the "
-                "optimizer's, not a scheduler's alone; one that acts in later steps alone can be "
-                "in the loss as `0 * h` before."
+                "nor a loss before the first outer update depends on it. Use it there, inside of "
+                "`training_step` and not as a number (`math.exp(h)`, `float(h)`) nor under "
+                "`detach` or `torch.no_grad`, or name the hyperparameters to tune, as in "
+                "`RTHO(['lr'])`. A learning rate has to be the optimizer's, itself and not times "
+                "something, nor a scheduler's alone. For one that acts in later steps alone, as "
+                "in a group that is added or a term that is switched on, set `start_step` to "
+                "where it does, or write `0 * h` into the loss before."
             )

@@ -1,5 +1,6 @@
 """What forward and reverse mode have in common: they follow a training run step by step."""
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -73,6 +74,8 @@ class OptimizerStep:
         is_traced: Whether the gradients are the very tensors that
             :meth:`AbstractHypergradient.record` returned, and stay what they are; False if someone
             has written to them; None if they are others, which may be equal.
+        precision: The coarsest dtype that its losses were computed in, where that is not that of
+            the gradients.
     """
 
     transitions: Sequence[Transition]
@@ -80,6 +83,7 @@ class OptimizerStep:
     clip: GradientClip | None = None
     number: int = 0
     is_traced: bool | None = None
+    precision: torch.dtype | None = None
 
 
 class Fault(NamedTuple):
@@ -115,8 +119,9 @@ class OuterGradient:
         params, self.params = list(self.params), ()
         return params
 
+    @functools.cached_property  # since the derivatives by the weights may be released
     def is_finite(self) -> bool:
-        """Tell whether the value and its derivatives by weights and hyperparameters are finite."""
+        """Whether the value and its derivatives by weights and hyperparameters are finite."""
         parts = [part for part in (self.value, *self.params, *self.hypers) if part is not None]
         return bool(are_finite(parts))
 

@@ -32,9 +32,9 @@ def edited(step: OptimizerStep, traced: Sequence[Tensor | None]) -> Tensor:
         pairs = zip(step.raw_grads, traced, strict=True)
         local = fingerprint([raw.new_zeros(1) if own is None else own for raw, own in pairs])[0]
         (mean,) = mean_over_ranks([local], like=[local])
-        differs = have_other_sums(step.raw_grads, mean)
+        differs = have_other_sums(step.raw_grads, mean, step.precision)
     else:
-        differs = differ(step.raw_grads, traced)
+        differs = differ(step.raw_grads, traced, step.precision)
     if step.clip is not None:
         grads = [transition.grad for transition in step.transitions]
         differs = differs | differ(grads, step.clip(*step.raw_grads))

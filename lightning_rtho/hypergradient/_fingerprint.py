@@ -29,33 +29,39 @@ def fingerprint(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([*sums, *norms]).reshape(2, -1)
 
 
-def have_other_sums(tensors: Sequence[Tensor], sums: Tensor | None) -> Tensor:
+def have_other_sums(
+    tensors: Sequence[Tensor], sums: Tensor | None, precision: torch.dtype | None = None
+) -> Tensor:
     """Tell whether the sums of tensors are other than given ones, by more than rounding.
 
     Args:
         tensors: The tensors, each ``[*P]``.
         sums: Of each ``[len(tensors)]``; None is zero.
+        precision: What else they were computed in.
 
     Returns:
         A boolean ``[]``, not yet synchronised with the host; False where they are not finite.
     """
     found, norms = fingerprint(tensors)
     difference = found if sums is None else found - sums
-    differs: Tensor = difference.norm() > tolerance(tensors) * norms.norm()
+    differs: Tensor = difference.norm() > tolerance(tensors, precision) * norms.norm()
     return differs
 
 
-def is_of(prints: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+def is_of(
+    prints: Tensor, tensors: Sequence[Tensor], precision: torch.dtype | None = None
+) -> Tensor:
     """Tell whether tensors have some fingerprint, up to rounding; any has, if it is not finite.
 
     Args:
         prints: What :func:`fingerprint` returned ``[2, len(tensors)]``.
         tensors: The tensors, each ``[*P]``.
+        precision: What else they were computed in.
 
     Returns:
         A boolean ``[]``, not yet synchronised with the host.
     """
     found = fingerprint(tensors)
-    allowed = tolerance(tensors) * found[1].norm()
+    allowed = tolerance(tensors, precision) * found[1].norm()
     differs: Tensor = (found - prints.to(found.device)).norm() > allowed
     return ~differs

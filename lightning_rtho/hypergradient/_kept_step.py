@@ -150,4 +150,5 @@ def with_gradients(
         for transition, grad in zip(step.transitions, grads, strict=True)
     ]
     step = dataclasses.replace(step, transitions=transitions, raw_grads=raw_grads)
-    return dataclasses.replace(step, is_traced=bool(is_of(prints, gradients_of(step))))
+    is_traced = bool(is_of(prints, gradients_of(step), step.precision))
+    return dataclasses.replace(step, is_traced=is_traced)

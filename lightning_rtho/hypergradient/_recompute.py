@@ -141,6 +141,7 @@ class _ReplayTape(Tape):
                 return None
             steps.append({
                 "number": step.number,
+                "precision": step.precision,
                 "transitions": [_transition_state(transition) for transition in step.transitions],
                 "clip": repr(step.clip),
                 "raw_grads": None if step.clip is None else list(step.raw_grads),
@@ -165,7 +166,13 @@ class _ReplayTape(Tape):
             raw_grads = saved["raw_grads"]
             clip = None if raw_grads is None else recollection.clip
             raw_grads = [t.grad for t in transitions] if raw_grads is None else raw_grads
-            step = OptimizerStep(transitions, raw_grads, clip, saved["number"])
+            step = OptimizerStep(
+                transitions,
+                raw_grads,
+                clip,
+                saved["number"],
+                precision=saved.get("precision"),  # which earlier versions did not save
+            )
             losses = [recollection.make_replay(loss) for loss in saved["losses"]]
             arena = Arena(torch.device("cpu"), 0)
             weights, prints = saved["weights"], saved["fingerprint"]

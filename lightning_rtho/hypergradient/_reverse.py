@@ -1,5 +1,6 @@
 """Reverse-HG over a window: a cotangent of the training state, pulled back through its steps."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, final
 
@@ -95,32 +96,34 @@ class ReverseHypergradient(AbstractHypergradient):
 
     def hypergradient(self, outer: OuterGradient) -> Tensor:
         """See :meth:`AbstractHypergradient.hypergradient`; ends the window."""
+        is_outer_finite, faults = outer.is_finite, list[Fault]()
         alphas = _cotangents(outer.release_params())
         betas = list(outer.statistics)
         total = self._flat(outer.hypers)
         memory: dict[int, Tensor] = {}
-        later: int | None = None
+        checks: list[tuple[int, Tensor]] = []
         try:
             for recorded in self.tape.backward(self.params, self.hypers):
-                number, was_finite = recorded.step.number, _is_finite(total)
+                number = recorded.step.number
                 grads_bar = self._pull_back_update(recorded.step, alphas, total, memory)
-                # What is not finite spreads to the total: large tensors are read only after that.
-                if not _is_finite(total) and not bool(are_finite(recorded.step.raw_grads)):
-                    self._faults.append(Fault(number, "gradient"))
-                    was_finite = False
+                # A gradient that is not finite spreads to weights, objective and total.
+                is_suspect = not (is_outer_finite and _is_finite(total))
+                if is_suspect and not bool(are_finite(recorded.step.raw_grads)):
+                    faults.append(Fault(number, "gradient"))
                 recorded = recorded.after_update()
                 is_first = len(self.tape) == 0
-                total += self._pull_back_losses(recorded, alphas, betas, grads_bar, is_first)
-                if was_finite and not _is_finite(total):
-                    # By way of alpha, a product shows in the part of the step before it.
-                    culprit = number if bool(are_finite(grads_bar)) else later
-                    if culprit is not None:  # else it is the outer objective
-                        self._faults.append(Fault(culprit, "Hessian product"))
-                later = number
+                part, check = self._pull_back_losses(recorded, alphas, betas, grads_bar, is_first)
+                total += part
+                checks.append((number, check))
                 del recorded, grads_bar  # before the tape makes the next
         finally:
             if len(self.tape):  # a window that cannot be read ends, too
                 self.tape.clear()
+        if is_outer_finite and not faults and not _is_finite(total):
+            # The first that was not: those behind it are products with what came of it.
+            broken = (number for number, check in checks if not bool(check))
+            faults += [Fault(number, "Hessian product") for number in itertools.islice(broken, 1)]
+        self._faults += faults
         return total
 
     def _pull_back_update(
@@ -140,7 +143,7 @@ class ReverseHypergradient(AbstractHypergradient):
         """
         columns: list[int] = []
         parts: list[Tensor] = []
-        for positions in cohorts(step.transitions):
+        for positions in cohorts(step.transitions, are_small=True):
             cohort = [step.transitions[position] for position in positions]
             first = cohort[0]
             state_bars, grads_bar, hyper_bar = cohort_vjp(
@@ -163,11 +166,11 @@ class ReverseHypergradient(AbstractHypergradient):
         betas: list[Tensor | None],
         grads_bar: Sequence[Tensor],
         is_first: bool,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """Pull the gradient's cotangent back to the weights.
 
         Returns:
-            The part of dE/dlambda ``[m]``.
+            The part of dE/dlambda ``[m]``, and whether the products are finite, a boolean ``[]``.
 
         Raises:
             GradientMismatchError: If the step's gradient was not that of its losses.
@@ -179,13 +182,15 @@ class ReverseHypergradient(AbstractHypergradient):
         total = self._flat([None] * len(self.hypers))
         traced: list[Tensor | None] = [None] * len(self.params)
         pulled: list[Tensor | None] = [None] * len(self.params)
+        products: list[Tensor] = []
         for linearize in reversed(recorded.linearizations):
             linearization = linearize()
             # Once a run: the structure of its graphs is that of the first.
-            if not self._verified and not linearization.still_holds():
+            if not self._verified and not linearization.still_holds(step.precision):
                 raise GradientMismatchError(
-                    "A graph that was kept gives another gradient now that the weights have moved, "
-                    "as activation checkpointing makes it do. Use `TRHO(tape=Recompute())`."
+                    "A graph gives another gradient than it did at first, as that of activation "
+                    "checkpointing does once the weights have moved"
+                    f"{'' if self.needs_replay else '. Use `TRHO(tape=Recompute())`'}."
                 )
             if step.is_traced is None:
                 traced = [add(*pair) for pair in zip(traced, linearization.gradients, strict=True)]
@@ -197,6 +202,7 @@ class ReverseHypergradient(AbstractHypergradient):
                 last=True,
             )
             total += self._flat(product.hypers)
+            products += [part for part in (*product.params, *product.hypers) if part is not None]
             pulled = [add(*pair) for pair in zip(pulled, product.params, strict=True)]
         self._verified = True
         for alpha, part in zip(alphas, mean_over_ranks(pulled, like=self.params), strict=True):
@@ -206,14 +212,13 @@ class ReverseHypergradient(AbstractHypergradient):
         if is_traced and bool(edited(step, [traced[t.index] for t in transitions])):
             raise GradientMismatchError(
                 "The gradient given to the optimizer is not the loss's: something between backward "
-                "and the optimizer's step changes gradients, or `training_step` does not compute "
-                "the same loss twice, since it keeps state elsewhere than in buffers, or kernels "
-                "draw dropout masks of their own or round otherwise, as under an `autocast` by "
-                "hand. Clip by `Trainer(gradient_clip_val=...)` and scale the loss rather than its "
-                "gradient; use `TRHO(tape=KeepGraph())` where a loss cannot be computed twice."
+                "and the optimizer's step changes gradients, as a value of its own in "
+                f"`configure_gradient_clipping` does{_TWICE if self.needs_replay else ''}. Clip by "
+                "`Trainer(gradient_clip_val=...)` and scale the loss rather than its gradient"
+                f"{_KEEP_GRAPHS if self.needs_replay else ''}."
             )
         (mean,) = mean_over_ranks([total], like=[total])
-        return total if mean is None else mean
+        return total if mean is None else mean, are_finite(products)
 
     def take_faults(self) -> list[Fault]:
         """See :meth:`AbstractHypergradient.take_faults`; of products, the last of a window."""
@@ -233,6 +238,15 @@ class ReverseHypergradient(AbstractHypergradient):
     def reset(self) -> None:
         """See :meth:`AbstractHypergradient.reset`; empties the tape."""
         self.tape.clear()
+
+
+_TWICE = (
+    ", or `training_step` does not compute the same loss twice, since it keeps state elsewhere "
+    "than in buffers, or kernels draw dropout masks of their own or round otherwise, as under an "
+    "`autocast` by hand"
+)
+
+_KEEP_GRAPHS = "; use `TRHO(tape=KeepGraph())` where a loss cannot be computed twice"
 
 
 def _cotangents(gradients: Sequence[Tensor | None]) -> list[StateCotangent]:

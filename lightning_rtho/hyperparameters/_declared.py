@@ -1,6 +1,9 @@
 """The hyperparameters that a module declares as attributes."""
 
+import dataclasses
+from argparse import Namespace
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
@@ -13,7 +16,7 @@ __all__ = ["declared_hyperparameters", "load_hyperparameters"]
 def declared_hyperparameters(module: nn.Module) -> dict[str, Hyperparameter]:
     """Find every `Hyperparameter` that the module or a submodule holds as an attribute.
 
-    Lists, tuples and dicts of hyperparameters are entered, unless their name begins with an
+    Lists, tuples, dicts, dataclasses and namespaces are entered, unless their name begins with an
     underscore. One that stands in several places is named after the first. Last come those that
     stand only in what Lightning's ``save_hyperparameters`` has kept, as ``hparams.lr``.
 
@@ -79,11 +82,25 @@ def load_hyperparameters(module: nn.Module, checkpoint: Mapping[str, Any]) -> No
             declared[name].assign(values[name])
 
 
-def _walk(tree: Any, name: str) -> Iterator[tuple[str, Hyperparameter]]:
-    """Yield the hyperparameters in nested containers with their dotted names."""
+def _walk(
+    tree: Any, name: str, around: tuple[Any, ...] = ()
+) -> Iterator[tuple[str, Hyperparameter]]:
+    """Yield the hyperparameters in nested containers, `around` it those that hold it."""
     if isinstance(tree, Hyperparameter):
         yield name, tree
-    elif isinstance(tree, (dict, list, tuple)):
-        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-        for key, item in items:
-            yield from _walk(item, f"{name}.{key}" if name else str(key))
+    elif not any(tree is outer for outer in around):
+        for key, item in _items(tree):
+            yield from _walk(item, f"{name}.{key}" if name else str(key), (*around, tree))
+
+
+def _items(tree: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield what a container holds, with its name there."""
+    if isinstance(tree, dict):
+        yield from tree.items()
+    elif isinstance(tree, (list, tuple)):
+        yield from enumerate(tree)
+    elif isinstance(tree, (SimpleNamespace, Namespace)):
+        yield from vars(tree).items()
+    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        names = [field.name for field in dataclasses.fields(tree)]
+        yield from ((name, getattr(tree, name)) for name in names if hasattr(tree, name))

@@ -8,31 +8,41 @@ from torch import Tensor
 
 from lightning_rtho._types import Hypers, State, StateCotangent, StateTangent
 from lightning_rtho.dynamics import Transition
-from lightning_rtho.linearization._fused import fused_step_jvp, fused_step_vjp
+from lightning_rtho.linearization._fused import (
+    _LARGE,
+    fused_step_jvp,
+    fused_step_vjp,
+    is_large,
+)
 
 __all__ = ["cohort_jvp", "cohort_vjp", "cohorts"]
 
-_SMALL = 2**16
-"""Entries up to which joining a parameter with others costs less than calling Phi for it alone."""
 
-
-def cohorts(transitions: Sequence[Transition]) -> list[list[int]]:
-    """Sort transitions into those that can be made as one.
+def cohorts(transitions: Sequence[Transition], *, are_small: bool = False) -> list[list[int]]:
+    """Sort transitions into those that can be made as one; large ones stay by themselves.
 
     Args:
         transitions: Transitions of one step.
+        are_small: Whether no cohort shall be large either, copies of which take memory.
 
     Returns:
         Positions of the transitions, one list a cohort.
     """
-    found: dict[object, list[int]] = {}
+    found: list[list[int]] = []
+    open_cohorts: dict[object, tuple[list[int], int]] = {}
     for position, transition in enumerate(transitions):
         grad = transition.grad
         key: object = position
-        if transition.cohort is not None and grad.numel() <= _SMALL:
+        if transition.cohort is not None and not is_large(grad):
             key = (transition.cohort, grad.dtype, grad.device, tuple(transition.state))
-        found.setdefault(key, []).append(position)
-    return list(found.values())
+        members, size = open_cohorts.get(key, ([], 0))
+        if are_small and size + grad.numel() >= _LARGE:
+            members, size = [], 0
+        if not members:
+            found.append(members)
+        members.append(position)
+        open_cohorts[key] = members, size + grad.numel()
+    return found
 
 
 def cohort_jvp(
@@ -93,7 +103,9 @@ def cohort_vjp(
     with torch.no_grad():
         new_state = joined.rule(joined.state, joined.grad, joined.hyper)
     given: StateCotangent = {}
-    for name in dict.fromkeys(name for bar in new_state_bars for name in bar):
+    # A buffer that was carried on, as where a setting was switched, is not made anew.
+    names = [name for name in new_state if any(name in bar for bar in new_state_bars)]
+    for name in names:
         bars = [bar.get(name) for bar in new_state_bars]
         if new_state[name].dim() == 0:  # a count, one for all
             given[name] = torch.stack([bar for bar in bars if bar is not None]).sum(0)

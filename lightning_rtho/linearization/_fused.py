@@ -15,7 +15,7 @@ from lightning_rtho.linearization._step import dense, push, step_jvp, step_vjp
 __all__ = ["fused_step_jvp", "fused_step_vjp", "is_large"]
 
 _LARGE = 2**16
-"""Entries of a parameter from which on faster steps soon make up for seconds of compiling."""
+"""Entries of a parameter or a cohort from which on steps soon make up for seconds of compiling."""
 
 _MOST_VERSIONS = 64
 """Versions of one function: a process meets many rules, sets of settings and numbers of columns."""
@@ -214,7 +214,8 @@ def _write_vjp(
 
     def phi(state: Any, grad: Any, tuned: Any) -> Any:
         new_state = rule(state, grad, {**hyper, **tuned})
-        return {name: new_state[name] for name in new_state_bar}
+        # Of a buffer that was carried on, as where a setting was switched, nothing is made here.
+        return {name: new_state[name] for name in new_state_bar if name in new_state}
 
     given = {name: value.clone() for name, value in new_state_bar.items()}  # as above
     state_bar, new_grad_bar, hyper_bar = torch.func.vjp(phi, state, grad, tuned)[1](given)

@@ -131,17 +131,21 @@ class Linearization:
         """The gradient dL/dw, detached, each ``[*P]``; None where it is zero."""
         return self._unscaled(self.scaled_gradients)
 
-    def still_holds(self) -> bool:
+    def still_holds(self, precision: torch.dtype | None = None) -> bool:
         """Tell whether the graph still gives the gradient that it gave at first.
 
         It does not if it reads the weights anew, as activation checkpointing does, and the weights
         have moved.
 
+        Args:
+            precision: The coarsest dtype that it was computed in, where that is not the gradient's.
+
         Returns:
             Whether the two gradients agree up to rounding.
         """
+        # With a graph, by the same kernels as at first.
         again = _gradients(
-            [self._loss], self._params, [torch.ones_like(self._loss)], retain_graph=True
+            [self._loss], self._params, [torch.ones_like(self._loss)], create_graph=True
         )
         pairs = [
             (first, second)
@@ -151,7 +155,7 @@ class Linearization:
         if not pairs:
             return True
         firsts, seconds = zip(*pairs, strict=True)
-        return not bool(differ(firsts, seconds))
+        return not bool(differ(firsts, [second.detach() for second in seconds], precision))
 
     def _unscaled(self, parts: list[Tensor | None]) -> list[Tensor | None]:
         if self._scale == 1:

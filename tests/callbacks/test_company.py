@@ -176,6 +176,19 @@ def test_hyperparameters_in_groups_added_in_mid_run_are_followed(make, module_ty
 
 
 @pytest.mark.parametrize("make", [RTHO, TRHO])
+def test_a_group_added_in_mid_run_may_have_a_rate_of_its_own(make):
+    class Apart(Thawed):
+        def add_to(self, optimizer, group):
+            super().add_to(optimizer, group | {"lr": self.own_rate})
+
+    module = Apart(Hyperparameter(0.1, Positive()))
+    module.own_rate = Hyperparameter(0.2, Positive())
+    callback = make(hyper_batch_size=2, start_step=4, outer_optimizer=None)
+    fit(module, callback, steps=8)
+    assert callback.schedule[-1].hypergradients["own_rate"] != 0
+
+
+@pytest.mark.parametrize("make", [RTHO, TRHO])
 def test_adagrad_gives_groups_that_are_added_a_sum_of_their_own(make):
     class Divided(SmallNet):
         def configure_optimizers(self):

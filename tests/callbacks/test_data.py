@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
 from lightning_rtho import RTHO, TRHO, Hyperparameter, KeepGraph, Positive
 from tests.callbacks.problems import (
@@ -56,6 +56,24 @@ KINDS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], tuple[Te
         lambda batch: (pad_packed_sequence(batch[0], batch_first=True)[0].squeeze(2), batch[1]),
     ),
 }
+
+
+@pytest.mark.parametrize("name", ["x", "y"])
+def test_frozen_batches_that_a_step_writes_to_are_copied(name, data):
+    class Writing(SmallNet):
+        def training_step(self, batch, batch_idx):
+            getattr(batch, name).mul_(1.5)
+            return super().training_step((batch.x, batch.y), batch_idx)
+
+    def read(make, start_step):
+        callback = make(["lr"], hyper_batch_size=2, start_step=start_step, outer_optimizer=None)
+        collate = lambda rows: FrozenPair(*default_collate(rows))
+        train = DataLoader(data[0], batch_size=BATCH, collate_fn=collate)
+        fit(Writing(lr=0.1), callback, steps=8, train=train)
+        return callback.schedule[-1].hypergradients["lr"]
+
+    # The first step that writes is left out where it would be made again.
+    torch.testing.assert_close(read(TRHO, 2), read(partial(TRHO, tape=KeepGraph()), 3))
 
 
 class Stream(IterableDataset):

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.distributions import Normal
 from torch.nn import functional as F
 
 from lightning_rtho import RTHO, TRHO, KeepGraph, Recompute, scale_gradient, stop_gradient
@@ -306,6 +307,18 @@ def test_what_has_the_shape_of_a_value_alone_is_not_warned_of(make):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*were detached")
         fit(Shaped(lr=0.1), RTHO(["lr"], hyper_batch_size=2), steps=4)
+
+
+def test_constants_that_are_broadcast_with_a_value_are_not_warned_of():
+    class Likelihood(SmallNet):
+        def training_step(self, batch, batch_idx):
+            return -Normal(self.net(batch[0]), 0.5).log_prob(batch[1]).mean()
+
+        validation_step = training_step
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*were detached")
+        fit(Likelihood(lr=0.1), RTHO(["lr"], hyper_batch_size=2), steps=4)
 
 
 @pytest.mark.parametrize("begins_at", [0, 1, 5])

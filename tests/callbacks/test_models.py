@@ -389,6 +389,29 @@ def test_kept_graphs_are_verified_anew_in_each_run():
         fit(SmallNet(optim.SGD, body=FOLLOWED["checkpointed"], lr=0.1), callback, steps=4)
 
 
+@pytest.mark.parametrize("method", ["forward", "keep graph"])
+def test_compiled_functions_run_eagerly(method):
+    @torch.compile(backend="aot_eager")
+    def error(predicted, target):
+        return (predicted - target).square().mean()
+
+    class Compiled(SmallNet):
+        loss = staticmethod(error)
+
+        def training_step(self, batch, batch_idx):
+            return self.loss(self.net(batch[0]), batch[1])
+
+    class Eager(Compiled):
+        loss = staticmethod(F.mse_loss)
+
+    found = []
+    for module_class in (Compiled, Eager):
+        callback = METHODS[method]()
+        fit(module_class(optim.SGD, lr=0.1), callback, steps=4)
+        found.append(callback.hypergradients)
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("compiles", ["module", "function"])
 def test_a_step_that_is_made_again_is_compiled_as_without_us(compiles):
     graphs: list[Any] = []

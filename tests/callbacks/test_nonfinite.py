@@ -65,6 +65,23 @@ def test_a_product_that_is_not_finite(method, tmp_path):
     assert counts == ["1"]
 
 
+class InGroups(Bad):
+    """The rate that is tuned is not that of the weight with the bad product."""
+
+    def configure_optimizers(self):
+        groups = [{"params": self.net[i].parameters(), "lr": lr} for i, lr in ((0, 0.1), (2, 0.2))]
+        return torch.optim.SGD(groups)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("at", [2, 3])
+def test_the_step_of_a_bad_product_is_named_where_another_weight_is_tuned(method, at):
+    callback = METHODS[method](["lr"], hyper_batch_size=4, safeguard=False)
+    module = InGroups("Hessian product", at=at)
+    with pytest.warns(UserWarning, match=f"Hessian product is not finite at step {at + 1}"):
+        fit(module, callback, steps=4)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("at", [1, 2, 3])
 def test_the_step_of_a_bad_product_is_named(method, at):

@@ -137,6 +137,21 @@ def test_steps_are_made_again_as_they_were_where_kernels_round_coarsely(precisio
     torch.testing.assert_close(*found, rtol=1e-6, atol=0)  # sums in another order
 
 
+@pytest.mark.parametrize("method", OBSERVERS)
+def test_gradients_that_round_otherwise_with_a_graph_are_not_taken_for_edited(method):
+    def body() -> nn.Module:
+        return nn.Sequential(
+            nn.Linear(3, 64), nn.GroupNorm(4, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(),
+            nn.Linear(64, 1),
+        )  # fmt: skip
+
+    torch.set_default_dtype(torch.float32)
+    callback = OBSERVERS[method]()
+    module = SmallNet(torch.optim.Adam, body=body, lr=Hyperparameter(0.01, Positive()))
+    fit(module, callback, steps=4, precision="bf16-mixed")
+    assert len(callback.schedule) == 1
+
+
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("method", OBSERVERS)
 def test_loss_scale_has_no_part_in_the_hypergradient(method, clip):

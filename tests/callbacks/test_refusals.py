@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import optim
+from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
@@ -109,10 +110,23 @@ class SharedMinimum(Untouched):
         return [optimizer], [optim.lr_scheduler.CosineAnnealingLR(optimizer, 10, eta_min=0.01)]
 
 
-class UsedNowhere(Untouched):
+class UsedNowhere(SmallNet):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.forgotten = Hyperparameter(1.0, Positive())
+
+
+class ActingLate(UsedNowhere):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * self.forgotten if self.global_step == 2 else loss
+
+
+class Undeclared(Untouched):
+    def configure_optimizers(self):
+        return optim.SGD(
+            self.parameters(), lr=self.settings["lr"], momentum=Hyperparameter(0.5, Interval(0, 1))
+        )
 
 
 class Sampling(Untouched):
@@ -173,11 +187,12 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
         TypeError,
         "No differentiable rule for `Rprop`. Known: ASGD.*register_rule",
     ),
-    "used nowhere": (
-        lambda: UsedNowhere(lr=0.1), RTHO, {}, MisconfigurationException, "`forgotten`.*nowhere"
-    ),
-    "used nowhere, in reverse": (
-        lambda: UsedNowhere(lr=0.1), TRHO, {}, MisconfigurationException, "`forgotten`.*nowhere"
+    "in the optimizer alone": (
+        lambda: Undeclared(lr=Hyperparameter(0.1, Positive())),
+        RTHO,
+        {},
+        MisconfigurationException,
+        "`momentum` is Hyperparameter.*which the module does not declare.*self.momentum =",
     ),
     "samples": (
         lambda: Sampling(torch.zeros(3), lr=0.1),
@@ -297,6 +312,27 @@ def test_refused_before_a_weight_has_moved(case):
     with pytest.raises(error, match=f"(?s){message}"):
         fit(module, make_callback(), **settings)
     assert all(_equal(p, old) for p, old in zip(module.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("method", [RTHO, TRHO])
+def test_what_is_used_nowhere_is_refused_before_an_update(method):
+    callback = method(hyper_batch_size=2)
+    with pytest.raises(MisconfigurationException, match=r"`forgotten`.*nowhere.*`start_step`"):
+        fit(UsedNowhere(lr=0.1), callback, steps=4)
+    assert not callback.schedule
+    late = method(hyper_batch_size=3, outer_optimizer=None)
+    fit(ActingLate(lr=0.1), late, steps=3)
+    assert late.hypergradients["forgotten"] != 0
+
+
+def test_where_torch_takes_numbers_alone_it_is_said_what_to_do():
+    class Leaky(SmallNet):
+        def training_step(self, batch, batch_idx):
+            return super().training_step((F.leaky_relu(batch[0], self.l2), batch[1]), batch_idx)
+
+    with pytest.raises(TypeError, match="Hyperparameter") as caught:
+        fit(Leaky(lr=0.1, l2=Hyperparameter(0.1, Positive())), RTHO())
+    assert any("plain numbers alone" in note for note in caught.value.__notes__)
 
 
 def test_samples_that_come_late_are_refused_before_an_update():

@@ -1,5 +1,10 @@
 """Finding the hyperparameters that a module declares."""
 
+from argparse import Namespace
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
 from torch import nn
 
 from lightning_rtho import Hyperparameter, Positive, Real
@@ -34,6 +39,24 @@ def test_containers_are_entered() -> None:
         "rates.1.0",
         "weights.task",
         "weights.nested.other.0",
+    }
+
+
+def test_dataclasses_and_namespaces_are_entered_also_where_they_hold_themselves() -> None:
+    @dataclass
+    class Settings:
+        lr: Any
+        more: Any = None
+
+    module = nn.Module()
+    module.settings = Settings(_new(), {"a": Settings(_new())})
+    module.settings.more["around"] = module.settings
+    module.args, module.space = Namespace(l2=_new()), SimpleNamespace(beta=_new())
+    assert set(declared_hyperparameters(module)) == {
+        "settings.lr",
+        "settings.more.a.lr",
+        "args.l2",
+        "space.beta",
     }
 
 

@@ -64,6 +64,25 @@ def test_a_cohort_is_pulled_back_as_its_members(case: Case, steps: int) -> None:
         torch.testing.assert_close(hyper_bar["lr"], sum(hyper["lr"] for _, _, hyper in alone))
 
 
+def test_a_buffer_that_the_next_step_has_and_this_one_does_not_make_is_left_out() -> None:
+    (adam,) = (case for case in CASES if case.name == "Adam")
+    transitions = _transitions(adam, 3)[:2]
+    bars = [{k: torch.randn_like(x) for k, x in _new_state(t).items()} for t in transitions]
+    more = [{**bar, "max_exp_avg_sq": torch.ones_like(bar["param"])} for bar in bars]
+    torch.testing.assert_close(cohort_vjp(transitions, more), cohort_vjp(transitions, bars))
+
+
+def test_large_parameters_are_no_cohort_and_small_ones_a_small_one_where_asked() -> None:
+    (sgd,) = (case for case in CASES if case.name == "SGD")
+    sizes = [2**15, 2**16, 2**15, 2**14]
+    transitions = [
+        replace(t, grad=torch.zeros(size))
+        for t, size in zip(_transitions(sgd, 0), sizes, strict=False)
+    ]
+    assert cohorts(transitions) == [[0, 2, 3], [1]]
+    assert cohorts(transitions, are_small=True) == [[0], [1], [2, 3]]
+
+
 @pytest.mark.parametrize("steps", [0, 3])
 @pytest.mark.parametrize(
     "case", [case for case in CASES if case.name.endswith("decay-maximize")], ids=lambda c: c.name
