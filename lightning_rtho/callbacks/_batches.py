@@ -78,10 +78,12 @@ def cloned(batch: Any) -> Any:
 
 
 def _mapped(batch: Any, function: Any) -> Any:
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):  # also a frozen one
+    # Private: in no other way does a dataclass tell that it is frozen, as which it is left alone.
+    if getattr(getattr(batch, "__dataclass_params__", None), "frozen", False):
         twin = copy.copy(batch)
         for name in (field.name for field in dataclasses.fields(batch)):
-            object.__setattr__(twin, name, _mapped(getattr(batch, name), function))
+            if hasattr(batch, name):
+                object.__setattr__(twin, name, _mapped(getattr(batch, name), function))
         return twin
     copied = apply_to_collection(batch, Tensor, function, allow_frozen=True)
     if copied is batch and not isinstance(batch, Tensor) and hasattr(batch, "__dict__"):
