@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_rtho.dynamics import get_setting, rule_class_for, set_setting
@@ -51,7 +52,7 @@ def select_hyperparameters(
             "in `RTHO(['lr'])`."
         )
     if selection is None:
-        _check_groups(declared, optimizers)
+        _warn_of_undeclared(declared, optimizers)
     found = declared if selection is None else _chosen(selection, declared, optimizers)
     for hyper in found.values():
         if hyper.dim() > 0:
@@ -59,18 +60,20 @@ def select_hyperparameters(
     return found
 
 
-def _check_groups(declared: Mapping[str, Hyperparameter], optimizers: Sequence[Optimizer]) -> None:
-    """Check that the module declares every hyperparameter of its optimizers."""
+def _warn_of_undeclared(
+    declared: Mapping[str, Hyperparameter], optimizers: Sequence[Optimizer]
+) -> None:
+    """Warn of hyperparameters of the optimizers that the module does not declare."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for name in rule_class_for(optimizer).domains:
                 present = get_setting(group, name)
                 is_known = any(present is hyper for hyper in declared.values())
                 if isinstance(present, Hyperparameter) and not is_known:
-                    raise MisconfigurationException(
+                    rank_zero_warn(
                         f"The optimizer's `{name}` is {present!r}, which the module does not "
-                        "declare: it would not be tuned. Make it an attribute of the module, as "
-                        f"in `self.{name} = Hyperparameter(...)`, or name what shall be tuned."
+                        "declare, so it is not tuned. If it shall be, make it an attribute of the "
+                        f"module, as in `self.{name} = Hyperparameter(...)`."
                     )
 
 

@@ -253,7 +253,9 @@ def test_a_hyperparameter_may_act_in_few_batches_but_not_in_none_before_an_updat
     callback = RTHO(hyper_batch_size=6, outer_optimizer=None)
     module = Alternating(l2=Hyperparameter(0.3, Positive()), lr=0.1)
     if acts_at > 1:
-        with pytest.raises(MisconfigurationException, match=r"`l2`.*nowhere.*`0 . h` before"):
+        with pytest.raises(
+            MisconfigurationException, match=r"`l2`.*nowhere.*`0 . h` into the loss before"
+        ):
             fit(module, callback, steps=6)
     else:
         fit(module, callback, steps=6)

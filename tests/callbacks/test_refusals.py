@@ -122,7 +122,7 @@ class ActingLate(UsedNowhere):
         return loss * self.forgotten if self.global_step == 2 else loss
 
 
-class Undeclared(Untouched):
+class Undeclared(SmallNet):
     def configure_optimizers(self):
         return optim.SGD(
             self.parameters(), lr=self.settings["lr"], momentum=Hyperparameter(0.5, Interval(0, 1))
@@ -186,13 +186,6 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
         {},
         TypeError,
         "No differentiable rule for `Rprop`. Known: ASGD.*register_rule",
-    ),
-    "in the optimizer alone": (
-        lambda: Undeclared(lr=Hyperparameter(0.1, Positive())),
-        RTHO,
-        {},
-        MisconfigurationException,
-        "`momentum` is Hyperparameter.*which the module does not declare.*self.momentum =",
     ),
     "samples": (
         lambda: Sampling(torch.zeros(3), lr=0.1),
@@ -323,6 +316,14 @@ def test_what_is_used_nowhere_is_refused_before_an_update(method):
     late = method(hyper_batch_size=3, outer_optimizer=None)
     fit(ActingLate(lr=0.1), late, steps=3)
     assert late.hypergradients["forgotten"] != 0
+
+
+def test_what_the_optimizer_alone_holds_is_warned_of():
+    callback = RTHO(hyper_batch_size=2)
+    said = r"`momentum` is Hyperparameter.*does not declare.*self.momentum ="
+    with pytest.warns(UserWarning, match=said):
+        fit(Undeclared(lr=Hyperparameter(0.1, Positive())), callback, steps=2)
+    assert list(callback.hyperparameters) == ["settings.lr"]
 
 
 def test_where_torch_takes_numbers_alone_it_is_said_what_to_do():
