@@ -1,6 +1,7 @@
 """Which hyperparameters a callback tunes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -64,17 +65,25 @@ def _warn_of_undeclared(
     declared: Mapping[str, Hyperparameter], optimizers: Sequence[Optimizer]
 ) -> None:
     """Warn of hyperparameters of the optimizers that the module does not declare."""
+    for _, name, present in _undeclared(declared, optimizers):
+        rank_zero_warn(
+            f"The optimizer's `{name}` is {present!r}, which the module does not declare, so it is "
+            "not tuned. If it shall be, make it an attribute of the module, as in "
+            f"`self.{name} = Hyperparameter(...)`."
+        )
+
+
+def _undeclared(
+    declared: Mapping[str, Hyperparameter], optimizers: Sequence[Optimizer]
+) -> Iterator[tuple[dict[str, Any], str, Hyperparameter]]:
+    """Yield hyperparameters that the module does not declare: their group, setting, and value."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for name in rule_class_for(optimizer).domains:
                 present = get_setting(group, name)
                 is_known = any(present is hyper for hyper in declared.values())
                 if isinstance(present, Hyperparameter) and not is_known:
-                    rank_zero_warn(
-                        f"The optimizer's `{name}` is {present!r}, which the module does not "
-                        "declare, so it is not tuned. If it shall be, make it an attribute of the "
-                        f"module, as in `self.{name} = Hyperparameter(...)`."
-                    )
+                    yield group, name, present
 
 
 def _chosen(
@@ -112,26 +121,22 @@ def _reunite(declared: Mapping[str, Hyperparameter], optimizers: Sequence[Optimi
     Raises:
         MisconfigurationException: If nobody knows what a copy is of.
     """
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for name in rule_class_for(optimizer).domains:
-                present = get_setting(group, name)
-                is_copy = isinstance(present, Hyperparameter) and present.is_copy
-                if not is_copy or any(present is hyper for hyper in declared.values()):
-                    continue
-                originals = [
-                    hyper
-                    for hyper in declared.values()
-                    if hyper.domain == present.domain and torch.equal(hyper.plain, present.plain)
-                ]
-                if len(originals) != 1:
-                    raise MisconfigurationException(
-                        f"The optimizer has loaded a state, in which `{name}` is a copy of a "
-                        f"hyperparameter, and it cannot be told of which. Give {present!r} and "
-                        "others like it start values of their own, or run what loads the state, "
-                        "as `BatchSizeFinder`, in a fit of its own."
-                    )
-                set_setting(group, name, originals[0])
+    for group, name, present in _undeclared(declared, optimizers):
+        if not present.is_copy:
+            continue
+        originals = [
+            hyper
+            for hyper in declared.values()
+            if hyper.domain == present.domain and torch.equal(hyper.plain, present.plain)
+        ]
+        if len(originals) != 1:
+            raise MisconfigurationException(
+                f"The optimizer has loaded a state, in which `{name}` is a copy of a "
+                f"hyperparameter, and it cannot be told of which. Give {present!r} and others like "
+                "it start values of their own, or run what loads the state, as `BatchSizeFinder`, "
+                "in a fit of its own."
+            )
+        set_setting(group, name, originals[0])
 
 
 def _place(

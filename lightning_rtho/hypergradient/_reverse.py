@@ -1,6 +1,5 @@
 """Reverse-HG over a window: a cotangent of the training state, pulled back through its steps."""
 
-import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, final
 
@@ -96,11 +95,12 @@ class ReverseHypergradient(AbstractHypergradient):
 
     def hypergradient(self, outer: OuterGradient) -> Tensor:
         """See :meth:`AbstractHypergradient.hypergradient`; ends the window."""
-        is_outer_finite, faults = outer.is_finite, list[Fault]()
+        is_outer_finite = outer.is_finite
         alphas = _cotangents(outer.release_params())
         betas = list(outer.statistics)
         total = self._flat(outer.hypers)
         memory: dict[int, Tensor] = {}
+        faults: list[Fault] = []
         checks: list[tuple[int, Tensor]] = []
         try:
             for recorded in self.tape.backward(self.params, self.hypers):
@@ -121,8 +121,8 @@ class ReverseHypergradient(AbstractHypergradient):
                 self.tape.clear()
         if is_outer_finite and not faults and not _is_finite(total):
             # The first that was not: those behind it are products with what came of it.
-            broken = (number for number, check in checks if not bool(check))
-            faults += [Fault(number, "Hessian product") for number in itertools.islice(broken, 1)]
+            broken = [number for number, check in checks if not bool(check)]
+            faults = [Fault(number, "Hessian product") for number in broken[:1]]
         self._faults += faults
         return total
 
