@@ -84,6 +84,18 @@ def sent_to(device: torch.device, tensor: Tensor, dtype: torch.dtype | None = No
     return tensor.to(device, dtype or tensor.dtype, non_blocking=device.type == "cuda")
 
 
+def place_of_doubles(device: torch.device) -> torch.device:
+    """Tell where numbers that belong to a device can be held in float64.
+
+    Args:
+        device: The device.
+
+    Returns:
+        The device, or the host where it has no float64.
+    """
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def are_finite(tensors: Sequence[Tensor]) -> Tensor:
     """Tell whether tensors are finite, reading each once.
 

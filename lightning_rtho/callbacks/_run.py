@@ -121,7 +121,7 @@ class FollowedRun:
     def _make_live(self, is_live: bool) -> None:
         """Let what is computed from hyperparameters have a graph, or none."""
         for hyper in self._tuned.values():
-            hyper.requires_grad_(is_live)
+            hyper.make_live(is_live)
 
     def begin(self, follows: Callable[[], bool]) -> None:
         """Make ready for the first batch; `follows` tells whether a coming step is followed."""
@@ -350,7 +350,8 @@ class FollowedRun:
 
     def _others_waiting(self, loss: Tensor) -> list[Tensor] | None:
         """Return leaves of a loss that get a gradient beside weights; None if ours will do."""
-        known = {id(tensor) for tensor in (*self.method.params, *self.method.hypers)}
+        hypers = (leaf for hyper in self._tuned.values() for leaf in hyper.leaves)
+        known = {id(tensor) for tensor in (*self.method.params, *hypers)}
         nodes = [*graph_nodes([loss])]
         leaves = (getattr(node, "variable", None) for node in nodes)
         others = [leaf for leaf in leaves if leaf is not None and id(leaf) not in known]
@@ -377,7 +378,8 @@ class FollowedRun:
         """Give backward back to the module."""
         self._hand_over.end_backward()
         for hyper in self._tuned.values():
-            hyper.grad = None
+            for leaf in hyper.leaves:
+                leaf.grad = None
 
     def before_clipping(self) -> None:
         """Take down the gradients that are about to be clipped."""

@@ -56,8 +56,7 @@ def select_hyperparameters(
         _warn_of_undeclared(declared, optimizers)
     found = declared if selection is None else _chosen(selection, declared, optimizers)
     for hyper in found.values():
-        if hyper.dim() > 0:
-            hyper.data = hyper.data.to(module.device)
+        hyper.place(module.device)
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lightning_rtho._numerics import are_finite
+from lightning_rtho._numerics import are_finite, sent_to
 from lightning_rtho.dynamics import Transition, UpdateRule
 from lightning_rtho.linearization import GradientClip, TracedLoss
 
@@ -24,6 +24,9 @@ __all__ = [
     "Replay",
     "add",
 ]
+
+
+_HOST = torch.device("cpu")
 
 
 class Replay(Protocol):
@@ -72,8 +75,9 @@ class OptimizerStep:
         clip: The clipping between raw gradients and those in `transitions`.
         number: How many steps the run has made before.
         is_traced: Whether the gradients are the very tensors that
-            :meth:`AbstractHypergradient.record` returned, and stay what they are; False if someone
-            has written to them; None if they are others, which may be equal.
+            :meth:`AbstractHypergradient.record` returned, and stay what they are, or are equal to
+            them, as a boolean ``[]`` that the host need not know yet; False if someone has written
+            to them; None if they are others, which may be equal.
         precision: The coarsest dtype that its losses were computed in, where that is not that of
             the gradients.
     """
@@ -82,7 +86,7 @@ class OptimizerStep:
     raw_grads: Sequence[Tensor]
     clip: GradientClip | None = None
     number: int = 0
-    is_traced: bool | None = None
+    is_traced: bool | Tensor | None = None
     precision: torch.dtype | None = None
 
 
@@ -277,12 +281,12 @@ class AbstractHypergradient(ABC):
             The steps, from first to last.
         """
 
-    def _flat(self, parts: Sequence[Tensor | None]) -> Tensor:
+    def _flat(self, parts: Sequence[Tensor | None], device: torch.device = _HOST) -> Tensor:
         """Join one tensor a hyperparameter, each ``[*H]`` or None, to ``[m]``, float64."""
         return torch.cat([
-            torch.zeros(size, dtype=torch.float64)
+            torch.zeros(size, dtype=torch.float64, device=device)
             if part is None
-            else part.detach().flatten().to("cpu", torch.float64)
+            else sent_to(device, part.detach().flatten(), torch.float64)
             for part, size in zip(parts, self.sizes, strict=True)
         ])
 

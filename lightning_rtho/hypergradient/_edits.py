@@ -27,7 +27,7 @@ def edited(step: OptimizerStep, traced: Sequence[Tensor | None]) -> Tensor:
         A boolean ``[]``, not yet synchronised with the host.
     """
     if step.is_traced is not None:
-        return torch.tensor(not step.is_traced)
+        return torch.as_tensor(step.is_traced).logical_not()
     if is_distributed():
         pairs = zip(step.raw_grads, traced, strict=True)
         local = fingerprint([raw.new_zeros(1) if own is None else own for raw, own in pairs])[0]

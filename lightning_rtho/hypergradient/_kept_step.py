@@ -17,6 +17,7 @@ __all__ = [
     "gradients_of",
     "size_of_copies",
     "with_gradients",
+    "with_settings",
     "with_weights",
     "without_gradients",
 ]
@@ -58,6 +59,23 @@ def with_weights(step: OptimizerStep, weights: Sequence[Tensor]) -> OptimizerSte
     """
     transitions = [
         dataclasses.replace(t, state={**t.state, "param": weights[t.index]})
+        for t in step.transitions
+    ]
+    return dataclasses.replace(step, transitions=transitions)
+
+
+def with_settings(step: OptimizerStep, fetch: Callable[[Tensor], Tensor]) -> OptimizerStep:
+    """Let a step read its optimizer's settings from elsewhere.
+
+    Args:
+        step: The step.
+        fetch: Gives for each setting ``[]`` what stands for it.
+
+    Returns:
+        The step, of the same tensors otherwise.
+    """
+    transitions = [
+        dataclasses.replace(t, hyper={name: fetch(value) for name, value in t.hyper.items()})
         for t in step.transitions
     ]
     return dataclasses.replace(step, transitions=transitions)
@@ -150,5 +168,5 @@ def with_gradients(
         for transition, grad in zip(step.transitions, grads, strict=True)
     ]
     step = dataclasses.replace(step, transitions=transitions, raw_grads=raw_grads)
-    is_traced = bool(is_of(prints, gradients_of(step), step.precision))
+    is_traced = is_of(prints, gradients_of(step), step.precision)
     return dataclasses.replace(step, is_traced=is_traced)

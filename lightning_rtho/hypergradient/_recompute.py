@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
+from lightning_rtho._numerics import sent_to
 from lightning_rtho.distributed import is_distributed
 from lightning_rtho.dynamics import Transition
 from lightning_rtho.hypergradient._arena import Arena, Arenas
@@ -20,6 +21,7 @@ from lightning_rtho.hypergradient._kept_step import (
     gradients_of,
     size_of_copies,
     with_gradients,
+    with_settings,
     with_weights,
     without_gradients,
 )
@@ -93,14 +95,15 @@ class _ReplayTape(Tape):
         """See :meth:`Tape.backward`."""
 
         def fetch(tensor: Tensor) -> Tensor:
-            return tensor.to(params[0].device)
+            return sent_to(params[0].device, tensor)
 
         def linearize(replay: Replay) -> Linearization:
             return Linearization(replay(), params, hypers)
 
         def recall(kept: _ReplayStep) -> RecordedStep:
             here = [param.detach() for param in params]
-            step = copy_step(with_weights(kept.step, here), fetch)
+            # Of a window that was resumed from a checkpoint, the settings are on the host, too.
+            step = with_settings(copy_step(with_weights(kept.step, here), fetch), fetch)
             if kept.fingerprint is None:
                 lines = [partial(linearize, replay) for replay in kept.losses]
                 return RecordedStep(step, lines, any(loss.is_sample for loss in kept.losses))

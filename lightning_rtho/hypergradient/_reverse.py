@@ -1,12 +1,13 @@
 """Reverse-HG over a window: a cotangent of the training state, pulled back through its steps."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from lightning_rtho._numerics import are_finite
+from lightning_rtho._numerics import are_finite, place_of_doubles, sent_to
 from lightning_rtho._types import StateCotangent
 from lightning_rtho.distributed import is_distributed, mean_over_ranks
 from lightning_rtho.hypergradient._arena import Arena
@@ -98,32 +99,41 @@ class ReverseHypergradient(AbstractHypergradient):
         is_outer_finite = outer.is_finite
         alphas = _cotangents(outer.release_params())
         betas = list(outer.statistics)
-        total = self._flat(outer.hypers)
+        # What is said of a step is read when all are done: to ask is to wait for a device.
+        total = self._flat(outer.hypers, place_of_doubles(self.params[0].device))
         memory: dict[int, Tensor] = {}
-        faults: list[Fault] = []
-        checks: list[tuple[int, Tensor]] = []
+        gradient_checks: list[tuple[int, Tensor]] = []
+        product_checks: list[tuple[int, Tensor]] = []
+        edits: list[Tensor] = []
         try:
             for recorded in self.tape.backward(self.params, self.hypers):
                 number = recorded.step.number
                 grads_bar = self._pull_back_update(recorded.step, alphas, total, memory)
-                # A gradient that is not finite spreads to weights, objective and total.
-                is_suspect = not (is_outer_finite and _is_finite(total))
-                if is_suspect and not bool(are_finite(recorded.step.raw_grads)):
-                    faults.append(Fault(number, "gradient"))
+                # A gradient that is not finite spreads to weights, objective and total, which the
+                # host knows for less than another look at the gradients costs.
+                is_known = total.device.type == "cpu" and is_outer_finite and _is_finite(total)
+                if not is_known:
+                    gradient_checks.append((number, are_finite(recorded.step.raw_grads)))
                 recorded = recorded.after_update()
                 is_first = len(self.tape) == 0
-                part, check = self._pull_back_losses(recorded, alphas, betas, grads_bar, is_first)
+                part, check = self._pull_back_losses(
+                    recorded, alphas, betas, grads_bar, edits, is_first
+                )
                 total += part
-                checks.append((number, check))
+                product_checks.append((number, check))
                 del recorded, grads_bar  # before the tape makes the next
         finally:
             if len(self.tape):  # a window that cannot be read ends, too
                 self.tape.clear()
-        if is_outer_finite and not faults and not _is_finite(total):
-            # The first that was not: those behind it are products with what came of it.
-            broken = [number for number, check in checks if not bool(check)]
-            faults = [Fault(number, "Hessian product") for number in broken[:1]]
-        self._faults += faults
+        self._refuse(edits)
+        total = total.cpu()
+        if not (is_outer_finite and _is_finite(total)):
+            broken = [Fault(n, "gradient") for n, check in gradient_checks if not bool(check)]
+            if is_outer_finite and not broken:
+                # The first that was not: those behind it are products with what came of it.
+                faults = (n for n, check in product_checks if not bool(check))
+                broken = [Fault(n, "Hessian product") for n in itertools.islice(faults, 1)]
+            self._faults += broken
         return total
 
     def _pull_back_update(
@@ -165,21 +175,25 @@ class ReverseHypergradient(AbstractHypergradient):
         alphas: list[StateCotangent],
         betas: list[Tensor | None],
         grads_bar: Sequence[Tensor],
+        edits: list[Tensor],
         is_first: bool,
     ) -> tuple[Tensor, Tensor]:
         """Pull the gradient's cotangent back to the weights.
+
+        Whether the step's gradient was another than that of its losses goes to `edits`.
 
         Returns:
             The part of dE/dlambda ``[m]``, and whether the products are finite, a boolean ``[]``.
 
         Raises:
-            GradientMismatchError: If the step's gradient was not that of its losses.
+            GradientMismatchError: If a graph does not give its gradient again.
         """
         step, transitions = recorded.step, recorded.step.transitions
         vectors: list[Tensor | None] = [None] * len(self.params)
         for transition, grad_bar in zip(transitions, grads_bar, strict=True):
             vectors[transition.index] = grad_bar
-        total = self._flat([None] * len(self.hypers))
+        place = place_of_doubles(self.params[0].device)
+        total = self._flat([None] * len(self.hypers), place)
         traced: list[Tensor | None] = [None] * len(self.params)
         pulled: list[Tensor | None] = [None] * len(self.params)
         products: list[Tensor] = []
@@ -201,15 +215,21 @@ class ReverseHypergradient(AbstractHypergradient):
                 wrt_params=not is_first,  # nobody asks for what came before the window
                 last=True,
             )
-            total += self._flat(product.hypers)
+            total += self._flat(product.hypers, place)
             products += [part for part in (*product.params, *product.hypers) if part is not None]
             pulled = [add(*pair) for pair in zip(pulled, product.params, strict=True)]
         self._verified = True
         for alpha, part in zip(alphas, mean_over_ranks(pulled, like=self.params), strict=True):
             if part is not None:
                 _add_to(alpha, part)
-        is_traced = transitions and not recorded.is_sampled
-        if is_traced and bool(edited(step, [traced[t.index] for t in transitions])):
+        if transitions and not recorded.is_sampled:
+            edits.append(edited(step, [traced[t.index] for t in transitions]))
+        (mean,) = mean_over_ranks([total], like=[total])
+        return total if mean is None else mean, are_finite(products)
+
+    def _refuse(self, edits: Sequence[Tensor]) -> None:
+        """Refuse a window in which an optimizer's gradient was not that of its losses."""
+        if any(bool(is_edited) for is_edited in edits):
             raise GradientMismatchError(
                 "The gradient given to the optimizer is not the loss's: something between backward "
                 "and the optimizer's step changes gradients, as a value of its own in "
@@ -217,8 +237,6 @@ class ReverseHypergradient(AbstractHypergradient):
                 "`Trainer(gradient_clip_val=...)` and scale the loss rather than its gradient"
                 f"{_KEEP_GRAPHS if self.needs_replay else ''}."
             )
-        (mean,) = mean_over_ranks([total], like=[total])
-        return total if mean is None else mean, are_finite(products)
 
     def take_faults(self) -> list[Fault]:
         """See :meth:`AbstractHypergradient.take_faults`; of products, the last of a window."""
@@ -261,12 +279,13 @@ def _is_finite(total: Tensor) -> bool:
 
 
 def _add_entries(total: Tensor, columns: Sequence[int], parts: Sequence[Tensor]) -> None:
-    """Add scalars to entries of `total`, which the host holds: fetched from each device at once."""
+    """Add scalars to entries of `total`: those of a device and dtype at once, in a set order."""
     for device, dtype in dict.fromkeys((part.device, part.dtype) for part in parts):
         pairs = zip(columns, parts, strict=True)
         alike = [pair for pair in pairs if (pair[1].device, pair[1].dtype) == (device, dtype)]
-        values = torch.stack([part for _, part in alike]).to(total)
-        total.index_add_(0, torch.tensor([column for column, _ in alike]), values)
+        values = sent_to(total.device, torch.stack([part for _, part in alike]), total.dtype)
+        entries = sent_to(total.device, torch.tensor([column for column, _ in alike]))
+        total.index_put_((entries,), values, accumulate=True)
 
 
 def _add_to(alpha: StateCotangent, part: Tensor) -> None:

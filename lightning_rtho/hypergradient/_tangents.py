@@ -6,6 +6,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from lightning_rtho._numerics import sent_to
 from lightning_rtho._types import StateTangent
 from lightning_rtho.dynamics import Transition
 from lightning_rtho.linearization import StatisticUpdate, is_large
@@ -240,7 +241,8 @@ def combined(weights: Tensor, rows: Tensor) -> Tensor:
         ``weights @ rows`` ``[k, ...]``, in the dtype of the tangents.
     """
     exact = torch.promote_types(rows.dtype, torch.float32)
-    result: Tensor = torch.tensordot(weights.to(rows.device, exact), rows.to(exact), dims=1)
+    there = sent_to(rows.device, weights, exact)
+    result: Tensor = torch.tensordot(there, rows.to(exact), dims=1)
     return result.to(rows)
 
 

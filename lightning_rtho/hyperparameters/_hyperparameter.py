@@ -9,7 +9,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from lightning_rtho._numerics import sent_to
+from lightning_rtho._numerics import place_of_doubles, sent_to
 from lightning_rtho.hyperparameters._domains import Domain, Interval, NonNegative, Positive, Real
 
 __all__ = ["Hyperparameter"]
@@ -35,9 +35,16 @@ class Number(Tensor):
         """Run `func`, with numbers in the place of scalar hyperparameters among its arguments."""
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
+            if func is torch.autograd.grad:
+                return _grad(*args, **kwargs)
             if _acts_on_first_argument(func, args):
                 return func(*args, **kwargs)
             leaves = list(_tensors((args, kwargs)))
+            twin = next((_twin_of(leaf) for leaf in leaves if _twin_of(leaf) is not None), None)
+            if twin is not None and getattr(func, "__name__", "") not in _READING:
+                stand_in = functools.partial(_beside, twin)
+                args, kwargs = _map_numbers(args, stand_in), _map_numbers(kwargs, stand_in)
+                leaves = list(_tensors((args, kwargs)))
             others = [leaf for leaf in leaves if not _is_number(leaf)]
             if len({leaf.device for leaf in others}) > 1:
                 args, kwargs = _brought_together(func, args, kwargs, others)
@@ -90,6 +97,31 @@ _WHERE_NO_WEIGHTS_GO = (
 )
 
 
+_READING = frozenset({
+    *("item", "tolist", "numpy", "detach", "__array__", "__bool__", "__float__", "__int__"),
+    *("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "eq", "ne", "lt", "le", "gt"),
+    *("ge", "__index__", "dim", "size", "numel"),
+})
+"""Functions that ask for values, which the host has at hand, or that have no derivative."""
+
+
+def _twin_of(number: Any) -> Tensor | None:
+    """Return the twin on a device by which a live hyperparameter acts, where it has one."""
+    twin: Tensor | None = getattr(number, "_twin", None)
+    return twin if twin is not None and number.requires_grad else None
+
+
+def _acting(operand: Any) -> Any:
+    """Return the twin of what has one; else what it is."""
+    twin = _twin_of(operand)
+    return operand if twin is None else twin
+
+
+def _beside(twin: Tensor, number: Tensor) -> Tensor:
+    """Return what stands for a number in a function that takes a twin, too."""
+    return sent_to(twin.device, _acting(number))
+
+
 def _tensors(tree: Any) -> Iterator[Tensor]:
     """Yield the tensors in nested tuples, lists and dicts."""
     if isinstance(tree, Tensor):
@@ -133,7 +165,7 @@ def _map_numbers(tree: Any, function: Callable[[Tensor], Any]) -> Any:
 
 def _map_hyperparameters(tree: Any, function: Callable[[Tensor], Any]) -> Any:
     """Replace the hyperparameters in nested tuples, lists and dicts."""
-    if isinstance(tree, (tuple, list)):
+    if isinstance(tree, (tuple, list)) and not hasattr(tree, "_fields"):  # as of a GradientEdge
         items = [_map_hyperparameters(item, function) for item in tree]
         return items if isinstance(tree, list) else tuple(items)
     if isinstance(tree, dict):
@@ -145,7 +177,33 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Number) and value.dim() == 0
 
 
-_AUTOGRAD = frozenset({torch.autograd.grad, torch.autograd.backward, Tensor.backward})
+def _grad(
+    outputs: Any, inputs: Any, *args: Any, allow_unused: bool | None = None, **kwargs: Any
+) -> Any:
+    """``torch.autograd.grad``, by hyperparameters wherever they act: themselves, or by twins."""
+    grad: Any = torch.autograd.grad
+    leaves = [inputs] if isinstance(inputs, Tensor) else inputs
+    twins = {i: twin for i, x in enumerate(leaves) if (twin := _twin_of(x)) is not None}
+    if not twins:
+        return grad(outputs, inputs, *args, allow_unused=allow_unused, **kwargs)
+    found = grad(outputs, [*leaves, *twins.values()], *args, allow_unused=True, **kwargs)
+    gradients = list(found[: len(leaves)])
+    for (i, twin), part in zip(twins.items(), found[len(leaves) :], strict=True):
+        own = gradients[i]
+        if own is not None:  # as of an `autograd.Function`, which takes it as it is
+            with torch.enable_grad():  # both may have graphs
+                own = sent_to(twin.device, own)
+                part = own if part is None else own + part
+        gradients[i] = part
+    if not allow_unused and any(gradient is None for gradient in gradients):
+        raise RuntimeError(
+            "One of the differentiated tensors appears not to have been used in the graph. Set "
+            "`allow_unused=True` if this is the desired behavior."
+        )
+    return tuple(gradients)
+
+
+_AUTOGRAD = frozenset({torch.autograd.backward, Tensor.backward})
 
 
 def _acts_on_first_argument(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
@@ -183,11 +241,12 @@ def _arithmetic(name: str, reflected: bool) -> Callable[..., Any]:
     def apply(self: Number, other: Any) -> Any:
         if self.dim() > 0:
             return getattr(Tensor, method)(self, other)
+        number, other = _acting(self), _acting(other)
         if isinstance(other, Tensor) and not _is_number(other):
-            scalar = _operand(self, other) if self.requires_grad else self.item()
+            scalar = _operand(number, other) if number.requires_grad else number.item()
             result = beside_tensor(other, scalar)
             return result.to(torch.result_type(other, 1.0))
-        pair = (other, self) if reflected else (self, other)
+        pair = (other, number) if reflected else (number, other)
         if not any(isinstance(n, Tensor) and n.requires_grad for n in pair):
             return on_numbers(*(n.item() if isinstance(n, Tensor) else n for n in pair))
         # Tensors both: torch rounds h ** 3 and 1 / h otherwise than Python where one is a number.
@@ -200,6 +259,8 @@ def _arithmetic(name: str, reflected: bool) -> Callable[..., Any]:
 
 def _cast(number: Tensor, others: Sequence[Tensor], device: torch.device | None = None) -> Tensor:
     """Turn a scalar into the tensor that stands for it beside others; None is their device."""
+    devices = [other.device for other in others]
+    place = number.device if number.device in devices else devices[0]
     floating = [other.dtype for other in others if other.is_floating_point()]
     # From float32 up: kernels of lower precision read their scalars in float32. The C type, not
     # the subclass, or the result would be a Number with no precision to keep.
@@ -207,7 +268,7 @@ def _cast(number: Tensor, others: Sequence[Tensor], device: torch.device | None 
         torch.promote_types, floating or [torch.get_default_dtype()], torch.float32
     )
     with torch._C.DisableTorchFunctionSubclass():
-        return sent_to(device or others[0].device, number.as_subclass(Tensor), dtype)
+        return sent_to(device or place, number.as_subclass(Tensor), dtype)
 
 
 def _operand(number: Tensor, other: Tensor) -> Tensor:
@@ -253,6 +314,8 @@ class Hyperparameter(Number):
     is_copy: bool = False
     """Whether it was copied from another, as it is where an optimizer loads a state."""
     _assigned: Tensor
+    _twin: Number | None = None
+    _twin_value: float
 
     def __new__(cls, value: Any, domain: Domain) -> "Hyperparameter":
         """Check the value and make the tensor."""
@@ -309,6 +372,41 @@ class Hyperparameter(Number):
         the hyperparameter is the base of the schedule, not the rate of the day.
         """
         self.plain.copy_(self._assigned)
+
+    def place(self, device: torch.device) -> None:
+        """Let what is computed from it, while it is live, be computed on a device.
+
+        A scalar stays where it is, to be read without waiting for the device, and acts by a twin
+        there, since a derivative by a number of the host is fetched as soon as it is made.
+        `torch.autograd.grad` by the hyperparameter is by both.
+
+        Args:
+            device: Where the weights are.
+        """
+        if self.dim() > 0:
+            self.data = self.data.to(device)
+            return
+        there = place_of_doubles(device)
+        self._twin, self._twin_value = None, self.item()
+        if there != self.device:
+            self._twin = self.plain.to(there).as_subclass(Number)
+            self._twin.requires_grad_()
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """Where graphs of what it acts in end: itself and, where it has one, its twin."""
+        return [self] if self._twin is None else [self, self._twin]
+
+    def make_live(self, is_live: bool) -> None:
+        """Let what is computed from it have a graph, or none."""
+        self.requires_grad_(is_live)
+        if not is_live or self._twin is None:
+            return
+        value = self.item()
+        if value != self._twin_value:
+            self._twin_value = value
+            with torch._C.DisableTorchFunctionSubclass():
+                self._twin.detach().copy_(sent_to(self._twin.device, self.plain))
 
     @property
     def plain(self) -> Tensor:

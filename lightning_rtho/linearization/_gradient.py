@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from lightning_rtho._numerics import differ
+from lightning_rtho._numerics import differ, sent_to
 from lightning_rtho.linearization._graph import graph_leaves, graph_nodes
 from lightning_rtho.linearization._hooks import unheard
 from lightning_rtho.linearization._statistics import StatisticUpdate
@@ -119,6 +119,7 @@ class Linearization:
         self._outputs = [
             get_gradient_edge(y) if y is not None and y.requires_grad else None for y in outputs
         ]
+        self._places = [None if y is None else y.device for y in outputs]
         # A weight that only statistics depend on has a gradient of zeros by now, not none.
         used = {id(x) for x in (graph_leaves(loss.value) if pairs else params)}
         self.scaled_gradients = [
@@ -197,9 +198,9 @@ class Linearization:
         ]
         vectors = [*param_vectors, *hyper_vectors, *statistic_bars]
         pairs = [
-            (output, vector)
-            for output, vector in zip(self._outputs, vectors, strict=True)
-            if output is not None and vector is not None
+            (output, sent_to(place, vector))
+            for output, place, vector in zip(self._outputs, self._places, vectors, strict=True)
+            if output is not None and place is not None and vector is not None
         ]
         wanted = [
             *range(first_hyper if wrt_params else 0),
@@ -247,7 +248,7 @@ class Linearization:
                 [*used.values()], self._inputs[:first_statistic], duals, create_graph=True
             )
         known = zip(pulled, vectors, strict=True)
-        pairs = [(f, v) for f, v in known if f is not None and v is not None]
+        pairs = [(f, sent_to(f.device, v)) for f, v in known if f is not None and v is not None]
         parts: list[Tensor | None] = [None] * len(outputs)
         if pairs:
             found = _gradients(

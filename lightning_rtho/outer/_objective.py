@@ -49,8 +49,8 @@ def outer_gradient(
     """
     inputs = [*params, *hypers, *statistics]
     wanted = [i for i, tensor in enumerate(inputs) if tensor.requires_grad]
-    value = torch.zeros(())
     totals: list[Tensor | None] = [None] * len(inputs)
+    values: list[Tensor] = []
     for compute in losses:
         loss = compute()
         if not loss.requires_grad:
@@ -66,13 +66,13 @@ def outer_gradient(
                 part = gradient.to_dense()  # embeddings' are sparse
                 known, part = totals[i], part if len(losses) == 1 else part / len(losses)
                 totals[i] = part if known is None else known + part
-        value = value.to(loss) + loss.detach() / len(losses)
+        values.append(loss.detach() / len(losses))
     first_statistic = len(params) + len(hypers)
     totals[:first_statistic] = mean_over_ranks(totals[:first_statistic], [*params, *hypers])
+    value = torch.stack(values).sum()
     (mean,) = mean_over_ranks([value], like=[value])
-    value = value if mean is None else mean
     return OuterGradient(
-        value,
+        value if mean is None else mean,
         totals[: len(params)],
         totals[len(params) : first_statistic],
         totals[first_statistic:],

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from torch import optim
@@ -141,16 +142,43 @@ def test_step_skipped_by_the_scaler_is_no_step(method):
     test_precision.check_that_a_skipped_step_is_no_step(OBSERVERS[method], scaler, **ON_GPU)
 
 
-@pytest.mark.parametrize("method", test_checkpoint.METHODS)
-def test_resumed_run_is_bitwise_the_uninterrupted_one(method, tmp_path, deterministic):
+@pytest.mark.parametrize(
+    ("method", "step"),
+    [(method, step) for method in test_checkpoint.METHODS for step in (6, 7)][:-1],
+)  # where a window ends, and in its midst, which a kept graph does not outlive
+def test_resumed_run_is_bitwise_the_uninterrupted_one(method, step, tmp_path, deterministic):
     found = []
-    for ckpt_path in (None, tmp_path / "step=6.ckpt"):  # where a window ends
+    for ckpt_path in (None, tmp_path / f"step={step}.ckpt"):
         callback = test_checkpoint.METHODS[method]()
         ended = test_checkpoint.run(callback, tmp_path, ckpt_path=ckpt_path, **deterministic)
         found.append(test_checkpoint.final(*ended, callback))
     whole, resumed = found
     assert whole.keys() == resumed.keys()
     assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+
+
+class Unwaiting(Callback):
+    """Lets no step of the second window wait for the device, but for its update."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if 4 <= batch_idx < 8:
+            torch.cuda.set_sync_debug_mode("error")
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("method", OBSERVERS)
+def test_no_step_waits_for_the_device(method, name):
+    optimizer, settings = OPTIMIZERS[name]
+    module = SmallNet(optimizer, **as_hyperparameters({**settings, "l2": 0.01}))
+    try:
+        # Before ours, so that it looks away before the update.
+        fit(module, Unwaiting(), callback := OBSERVERS[method](), steps=8, **ON_GPU)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(callback.schedule) == 2
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
