@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.optim import lr_scheduler, swa_utils
 
 __all__ = ["check_schedulers", "cycled_settings", "rescale", "separate_rates"]
@@ -69,7 +70,8 @@ def check_schedulers(schedulers: Sequence[Any], one_rate: bool) -> None:
 
     Raises:
         TypeError: If a scheduler is not known to be homogeneous.
-        ValueError: If groups of different rates share one least rate that is not 0.
+        ValueError: If groups of different rates share one least rate that is not 0, or a cycle has
+            lost its upper rate.
     """
     for scheduler in _flatten(schedulers):
         if not _is_known(type(scheduler)):
@@ -78,6 +80,14 @@ def check_schedulers(schedulers: Sequence[Any], one_rate: bool) -> None:
                 "it is not known how it follows from its base. Use one of torch's own, such as "
                 "LambdaLR, or derive it from one and leave its methods as they are."
             )
+        if isinstance(scheduler, lr_scheduler.CyclicLR):
+            pairs = zip(scheduler.max_lrs, scheduler.base_lrs, strict=True)
+            if any(isinstance(high, Tensor) and high == low for high, low in pairs):
+                raise ValueError(
+                    "`max_lr` of CyclicLR must be a number where `lr` is tuned: torch writes "
+                    "`base_lr` into the rate before it reads `max_lr`, so that nothing cycles. "
+                    "Pass `max_lr=float(self.lr)`; the whole cycle follows the tuned rate."
+                )
         if getattr(scheduler, "eta_min", 0) != 0 and not one_rate:
             raise ValueError(
                 f"`eta_min` of {type(scheduler).__name__} must be 0 where parameter groups have "

@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -37,11 +37,11 @@ from lightning_rtho.callbacks._outer_loop import Outcome, OuterLoop
 from lightning_rtho.callbacks._random import read_random_state, write_random_state
 from lightning_rtho.callbacks._run import FollowedRun, schedulers_of
 from lightning_rtho.callbacks._safeguard import Safeguard
-from lightning_rtho.callbacks._selection import Selection, select_hyperparameters
+from lightning_rtho.callbacks._selection import Selection, select_hyperparameters, warn_of_vanished
 from lightning_rtho.callbacks._signals import signals_deferred
 from lightning_rtho.callbacks._summary import Plan, summary_of
 from lightning_rtho.hypergradient import AbstractHypergradient
-from lightning_rtho.hyperparameters import Hyperparameter
+from lightning_rtho.hyperparameters import Hyperparameter, declared_hyperparameters
 from lightning_rtho.optim import DifferentiableOptimizer, adopt_settings
 from lightning_rtho.outer import (
     HyperparameterDescent,
@@ -85,10 +85,10 @@ class HypergradientCallback(Callback):
                 f"`curvature_fraction` must lie in (0, 1], got {curvature_fraction}. It is the "
                 "share of a batch's examples that Hessian products are taken on; 1 is exact."
             )
-        if isinstance(hyperparameters, str):
+        if isinstance(hyperparameters, str) or not isinstance(hyperparameters, Collection | None):
             raise TypeError(
                 f"`hyperparameters` must be a list of names or a dict of domains, got "
-                f"{hyperparameters!r}. Pass [{hyperparameters!r}]."
+                f"{hyperparameters!r}. Pass a list, as in `['lr']`."
             )
         if outer_optimizer is not None and not callable(outer_optimizer):
             raise TypeError(
@@ -110,6 +110,7 @@ class HypergradientCallback(Callback):
         self._outer_batches = outer_batches
         self._metric = None if objective is None else MetricObjective(objective)
         self._tuned: dict[str, Hyperparameter] = {}
+        self._declared: frozenset[str] = frozenset()
         self._loop: OuterLoop | None = None
         self._bar: ReadableBar | None = None
         self._resumed: dict[str, Any] | None = None
@@ -183,6 +184,7 @@ class HypergradientCallback(Callback):
                     "their updates again."
                 )
             check_outer_steps(pl_module, self._metric)
+            self._declared = frozenset(declared_hyperparameters(pl_module))
 
     def _forget(self) -> None:
         """Begin without what an earlier fit has left; Lightning then loads what it resumes from."""
@@ -195,6 +197,7 @@ class HypergradientCallback(Callback):
         check_modules(trainer, pl_module)
         check_optimizers(trainer)
         self._tuned = select_hyperparameters(self._selection, pl_module, trainer.optimizers)
+        warn_of_vanished(self._declared - self._tuned.keys(), pl_module)
         if self._resumed is not None:
             self._take_back_values(self._resumed)
             self._take_back_random_state(trainer, self._resumed)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -77,15 +78,28 @@ def cloned(batch: Any) -> Any:
     return _mapped(batch, Tensor.clone)
 
 
-def _mapped(batch: Any, function: Any) -> Any:
-    # Private: in no other way does a dataclass tell that it is frozen, as which it is left alone.
-    if getattr(getattr(batch, "__dataclass_params__", None), "frozen", False):
-        twin = copy.copy(batch)
-        for name in (field.name for field in dataclasses.fields(batch)):
-            if hasattr(batch, name):
-                object.__setattr__(twin, name, _mapped(getattr(batch, name), function))
+class _FrozenType(type):
+    def __instancecheck__(cls, instance: Any) -> bool:
+        # Private: a dataclass says in no other way that it is frozen.
+        parameters = getattr(type(instance), "__dataclass_params__", None)
+        return bool(getattr(parameters, "frozen", False))
+
+
+class _Frozen(metaclass=_FrozenType):
+    """What every frozen dataclass is an instance of; Lightning leaves them alone."""
+
+
+def _mapped(batch: Any, function: Callable[[Tensor], Any]) -> Any:
+    def map_part(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            return function(part)
+        twin = copy.copy(part)
+        for name in (field.name for field in dataclasses.fields(part)):
+            if hasattr(part, name):
+                object.__setattr__(twin, name, _mapped(getattr(part, name), function))
         return twin
-    copied = apply_to_collection(batch, Tensor, function, allow_frozen=True)
+
+    copied = apply_to_collection(batch, (Tensor, _Frozen), map_part)
     if copied is batch and not isinstance(batch, Tensor) and hasattr(batch, "__dict__"):
         return copy.copy(batch)
     return copied

@@ -1,5 +1,6 @@
 """What can't be differentiated rightly is refused, before a wrong number is used."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -112,7 +113,8 @@ def note_what_helps(error: BaseException) -> None:
     Args:
         error: The error.
     """
-    if isinstance(error, TypeError) and "Hyperparameter" in str(error):
+    # As torch writes of an argument; what is computed from a hyperparameter is a `Number`.
+    if isinstance(error, TypeError) and re.search(r"not (Hyperparameter|Number)\b", str(error)):
         error.add_note(
             "A live hyperparameter stands where torch takes plain numbers alone, of which it knows "
             "no derivative. Write the operation out, as `torch.where(x > 0, x, h * x)` for a slope "

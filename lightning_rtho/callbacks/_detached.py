@@ -92,21 +92,25 @@ class DetachedWeights(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         inputs = list(_tensors(_read(func, args, kwargs or {})))
         has_detached = any(map(self._is_detached, inputs))  # before `func` writes to one of them
-        has_graph = any(x.requires_grad for x in inputs)
+        has_graph = any(map(_has_graph, inputs))
         if func is F.batch_norm and (kwargs or {})["training"] and self._is_detached(args[0]):
             self._beside_loss.append(self._place())  # into running statistics
         output = func(*args, **(kwargs or {}))
         if not (has_detached or has_graph):
             return output
         results = [*_tensors(args[:1] if func in _WRITES else (output,))]
-        # Of several, one without a graph is that of an input without, as where they are broadcast.
-        lets_go = not any(result.requires_grad for result in results)
+        if func in _ONE_BY_ONE:
+            for result, own in zip(results, inputs, strict=True):
+                if self._is_detached(own):
+                    self._detached[id(result)] = weakref.ref(result)
+            return output
+        is_hiding = func is F.gumbel_softmax and _is_hard(*args[1:], **(kwargs or {}))
         for result in results:
             if not result.is_floating_point():
                 continue
-            if lets_go:
+            if not _has_graph(result):
                 self._detached[id(result)] = weakref.ref(result)
-            elif torch.is_grad_enabled() and has_detached and result.grad_fn is not None:
+            elif torch.is_grad_enabled() and (has_detached or is_hiding):
                 self._note_entry(result, is_written=any(result is x for x in inputs))
         return output
 
@@ -123,6 +127,8 @@ class DetachedWeights(TorchFunctionMode):
         place = self._place()
         if debug_unwrap(result) is not result:  # in a function transform, with a graph of its own
             self._beside_loss.append(place)
+        if result.grad_fn is None:  # as of what is mapped over a batch
+            return
         self._entries[_key(result.grad_fn)] = place
         # Private: through a view its base has been written to, and has another node.
         base = result._base if is_written else None
@@ -131,7 +137,12 @@ class DetachedWeights(TorchFunctionMode):
 
     def _is_detached(self, x: Tensor) -> bool:
         known = self._detached.get(id(x))
-        return known is not None and known() is x and not x.requires_grad
+        return known is not None and known() is x and not _has_graph(x)
+
+
+def _has_graph(x: Tensor) -> bool:
+    """Tell whether a tensor has a graph, itself or behind what a function transform makes of it."""
+    return x.requires_grad or debug_unwrap(x).requires_grad
 
 
 def _key(node: Any) -> tuple[str, int]:
@@ -153,6 +164,15 @@ def _read(
 
 _TAKES_AFTER = frozenset({"expand_as", "reshape_as", "to", "type_as", "view_as"})
 """Functions that take shape or type from what follows their first argument."""
+
+
+def _is_hard(tau: float = 1, hard: bool = False, *_: Any, **__: Any) -> bool:
+    """Tell of the arguments of ``gumbel_softmax`` whether it detaches a part within."""
+    return hard
+
+
+_ONE_BY_ONE = frozenset({torch.broadcast_tensors})
+"""Functions of several tensors each of whose results takes after its own."""
 
 
 _WRITES = frozenset({Tensor.__setitem__, Tensor.data.__set__})  # type: ignore[attr-defined]

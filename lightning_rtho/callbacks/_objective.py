@@ -110,6 +110,8 @@ class ValidationObjective:
         if isinstance(source, CombinedLoader):
             source = _Joint(source)
         self._loaded_epoch = trainer.current_epoch
+        # Batches drawn before their time, and where the stream stood before them.
+        self._ahead: tuple[dict[str, Any], list[Any]] | None = None
         seed = self._seed + self._loaded_epoch  # another order than that of data loaded before
         self._stream = CyclingBatches(source, seed, trainer.global_rank, trainer.world_size)
 
@@ -125,7 +127,6 @@ class ValidationObjective:
         params: Sequence[Tensor],
         hypers: Sequence[Tensor],
         *,
-        peek: bool = False,
         again: bool = False,
         look: Callable[[Tensor], None] = lambda loss: None,
     ) -> OuterGradient:
@@ -134,8 +135,7 @@ class ValidationObjective:
         Args:
             params: Weights, each ``[*P]``.
             hypers: Hyperparameters, natural values, each ``[*H]``.
-            peek: Whether the next evaluation shall see the same batches.
-            again: Whether this one shall see those of the last.
+            again: Whether it shall see the batches of the last one, or those looked ahead at.
             look: Called with each loss ``[]`` or metric, with its graph.
 
         Returns:
@@ -146,29 +146,47 @@ class ValidationObjective:
                 that depends on the weights.
         """
         if not again:
-            self._reload_where_due()
-        before = self._stream.state_dict()
+            self._seen = self._next_batches()
         with (
             isolated(self._trainer, self._module, RunningStage.VALIDATING),
             differentiable_kernels(self._module),
             silenceable_hooks(),
         ):
             try:
-                if not again:
-                    self._seen = [next(self._stream) for _ in range(self._batches)]
                 with self._statistics.differentiable() as statistics:
                     scale = loss_scale(self._trainer)
                     losses = [partial(_looked_at, look, loss) for loss in self._losses()]
                     outer = outer_gradient(losses, params, hypers, statistics, scale)
-            except (NoBatchError, NoGraphError) as error:
+            except NoGraphError as error:
                 raise MisconfigurationException(str(error)) from error
-            if peek:
-                self._stream.load_state_dict(before)
         return outer
+
+    def look_ahead(self) -> None:
+        """Take the batches that the next evaluation will see, for one with `again` before it.
+
+        Raises:
+            MisconfigurationException: If there is no validation batch.
+        """
+        before = self._stream.state_dict() if self._ahead is None else self._ahead[0]
+        self._seen = self._next_batches()
+        self._ahead = before, self._seen
+
+    def _next_batches(self) -> list[Any]:
+        """Take those looked ahead at, or draw from the stream."""
+        self._reload_where_due()
+        if self._ahead is not None:
+            (_, batches), self._ahead = self._ahead, None
+            return batches
+        with isolated(self._trainer, self._module, RunningStage.VALIDATING):
+            try:
+                return [next(self._stream) for _ in range(self._batches)]
+            except NoBatchError as error:
+                raise MisconfigurationException(str(error)) from error
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the stream of validation batches stands, and of when its data are."""
-        return {**self._stream.state_dict(), "loaded_epoch": self._loaded_epoch}
+        stream = self._stream.state_dict() if self._ahead is None else self._ahead[0]
+        return {**stream, "loaded_epoch": self._loaded_epoch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where the stream stood.
@@ -176,7 +194,7 @@ class ValidationObjective:
         Args:
             state: What :meth:`state_dict` returned.
         """
-        self._loaded_epoch = state["loaded_epoch"]
+        self._loaded_epoch, self._ahead = state["loaded_epoch"], None
         with isolate_rng():
             self._stream.load_state_dict(state)
 

@@ -93,9 +93,10 @@ class OuterLoop:
         moving = [weight for weight in trained if weight.requires_grad]
         try:
             entries: list[Any] = []
+            self._objective.look_ahead()  # whose workers shall not inherit the watch
             with DetachedWeights(moving) as watch:
                 outer = self._evaluate(
-                    peek=True, look=lambda loss: entries.extend(watch.entries_of(loss))
+                    again=True, look=lambda loss: entries.extend(watch.entries_of(loss))
                 )
         except MisconfigurationException:
             raise
@@ -126,7 +127,8 @@ class OuterLoop:
     def begin(self) -> None:
         """Let the state in which a run begins be one to go back to."""
         if self.safeguard is not None and not self.safeguard.has_begun and not self.run.steps:
-            self.safeguard.begin(self._evaluate(peek=True).value.item())
+            self._objective.look_ahead()
+            self.safeguard.begin(self._evaluate(again=True).value.item())
 
     def after_batch(self, step: int) -> Outcome | None:
         """Make an update where one is due.
@@ -237,7 +239,7 @@ class OuterLoop:
         is_broken = is_outer_finite and not bool(hypergradient.isfinite().all())
         if not is_outer_finite:
             faults.append(Fault(last, "outer objective or its gradient"))
-        elif is_broken and not is_known:
+        elif is_broken and not faults:
             faults.append(Fault(last, "hypergradient"))
         if is_broken or len(faults) >= self._hyper_batch_size:
             method.reset()

@@ -1,7 +1,7 @@
 """One fit as the callback follows it: the objects involved and where they stand."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -107,7 +107,7 @@ class FollowedRun:
         self._detached_watch, self._transfer_context = ExitStack(), ExitStack()
         self._forward_context, self._hook_watch = ExitStack(), ExitStack()
         self._replay: TrainingStepReplay | None = None
-        self._unused = UnusedHyperparameters(tuned, optimizers)
+        self._unused = UnusedHyperparameters(module, tuned, optimizers)
         for optimizer in optimizers:
             optimizer.before_update = partial(self._before_update, optimizer)
             optimizer.after_update = self._after_update
@@ -173,6 +173,8 @@ class FollowedRun:
                 moving = [param for param in self.trained if param.requires_grad]
                 self._detached = DetachedWeights(moving)
             if _is_looked_at(self._batches) and self._can_watch():
+                # Nor can compiled functions, of which nobody knows, be watched.
+                self._detached_watch.enter_context(torch.compiler.set_stance("force_eager"))
                 self._detached_watch.enter_context(self._detached)
 
     @property
@@ -401,6 +403,7 @@ class FollowedRun:
     def refuse_unused(self) -> None:
         """Refuse a hyperparameter that has acted nowhere so far; it may act in few steps."""
         self._unused.refuse()
+        self._unused.warn_of_replaced()
 
     def _before_update(self, optimizer: DifferentiableOptimizer) -> None:
         """Hand an optimizer's coming step to the method."""
@@ -420,7 +423,10 @@ class FollowedRun:
         transitions = optimizer.transitions(self._columns)
         step = self._step(optimizer.params, transitions, clip, raw_grads)
         self._is_advancing = True
-        with refusals_explained():
+        # In manual optimization this stands amid a step whose compiled parts run eagerly; those
+        # of the update's derivative shall not.
+        stance = nullcontext() if self._manual is None else torch.compiler.set_stance("default")
+        with refusals_explained(), stance:
             self.method.advance(step)
         if self._manual is None:
             self.method.forget_gradients(range(len(self.method.params)))

@@ -1,18 +1,19 @@
 """Which hyperparameters a callback tunes."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_rtho.dynamics import get_setting, rule_class_for, set_setting
 from lightning_rtho.hyperparameters import Domain, Hyperparameter, declared_hyperparameters
 
-__all__ = ["Selection", "select_hyperparameters"]
+__all__ = ["Selection", "select_hyperparameters", "warn_of_vanished"]
 
 Selection = Sequence[str] | Mapping[str, Domain] | None
 """What the user asked for: names, names with domains, or all that the module declares."""
@@ -50,7 +51,7 @@ def select_hyperparameters(
         raise MisconfigurationException(
             f"`{type(module).__name__}` declares no hyperparameters. Declare one, as in "
             "`self.lr = Hyperparameter(1e-3, Positive())`, or name settings of its optimizer, as "
-            "in `RTHO(['lr'])`."
+            "in `RTHO(['lr'])`. (`Tuner.lr_find` puts a number in the place of one.)"
         )
     if selection is None:
         _warn_of_undeclared(declared, optimizers)
@@ -58,6 +59,21 @@ def select_hyperparameters(
     for hyper in found.values():
         hyper.place(module.device)
     return found
+
+
+def warn_of_vanished(names: Collection[str], module: nn.Module) -> None:
+    """Warn of hyperparameters in whose place something else stands by now.
+
+    Args:
+        names: Those that the module has declared, and that are not tuned.
+        module: The module.
+    """
+    for name in sorted(set(names) - declared_hyperparameters(module).keys()):
+        rank_zero_warn(
+            f"`{name}` was declared as a hyperparameter, but something else stands in its place "
+            "by now, as `LearningRateFinder` puts a number there, so it is not tuned. Where it is "
+            f"a setting of the optimizer, name it beside the others, as in `RTHO([{name!r}])`."
+        )
 
 
 def _warn_of_undeclared(

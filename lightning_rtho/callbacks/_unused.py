@@ -1,10 +1,11 @@
-"""Hyperparameters that act nowhere, as where one was declared and forgotten."""
+"""Hyperparameters that act nowhere: one that was declared and forgotten, or written over."""
 
 from collections.abc import Mapping, Sequence
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
 
 from lightning_rtho.hyperparameters import Hyperparameter
 from lightning_rtho.linearization import unheard
@@ -17,16 +18,40 @@ class UnusedHyperparameters:
     """Those that have been seen to act neither in an optimizer nor in a loss.
 
     Args:
+        module: The module, which declares them.
         tuned: Hyperparameters by name, each ``[*H]``.
         optimizers: Where some of them act.
     """
 
     def __init__(
-        self, tuned: Mapping[str, Hyperparameter], optimizers: Sequence[DifferentiableOptimizer]
+        self,
+        module: nn.Module,
+        tuned: Mapping[str, Hyperparameter],
+        optimizers: Sequence[DifferentiableOptimizer],
     ) -> None:
         self._left, self._optimizers = dict(tuned), optimizers
+        names = {id(hyper): name for name, hyper in tuned.items()}
+        self._places = [
+            (names[id(value)], holder, attribute, value)
+            for holder in module.modules()
+            for attribute, value in vars(holder).items()
+            if id(value) in names
+        ]
+        self._replaced: set[str] = set()
         self._has_looked = False
         self._strike_off_settings()
+
+    def warn_of_replaced(self) -> None:
+        """Warn of one whose attribute holds something else by now."""
+        for name, holder, attribute, hyper in self._places:
+            present = vars(holder).get(attribute)
+            if present is not hyper and name not in self._replaced:
+                self._replaced.add(name)
+                rank_zero_warn(
+                    f"`{name}` is tuned, but its attribute has been given another value, "
+                    f"{present!r}: what is tuned acts there no more. Leave the attribute to the "
+                    "callback, or name the hyperparameters to tune, as in `RTHO(['lr'])`."
+                )
 
     def _strike_off_settings(self) -> None:
         """Strike off those that stand in a group of an optimizer by now."""

@@ -109,8 +109,8 @@ class ReverseHypergradient(AbstractHypergradient):
             for recorded in self.tape.backward(self.params, self.hypers):
                 number = recorded.step.number
                 grads_bar = self._pull_back_update(recorded.step, alphas, total, memory)
-                # A gradient that is not finite spreads to weights, objective and total, which the
-                # host knows for less than another look at the gradients costs.
+                # A gradient that is not finite spreads to weights, objective and total, if it is
+                # not clipped by value; that the host knows for less than a look at it costs.
                 is_known = total.device.type == "cpu" and is_outer_finite and _is_finite(total)
                 if not is_known:
                     gradient_checks.append((number, are_finite(recorded.step.raw_grads)))
@@ -196,7 +196,6 @@ class ReverseHypergradient(AbstractHypergradient):
         total = self._flat([None] * len(self.hypers), place)
         traced: list[Tensor | None] = [None] * len(self.params)
         pulled: list[Tensor | None] = [None] * len(self.params)
-        products: list[Tensor] = []
         for linearize in reversed(recorded.linearizations):
             linearization = linearize()
             # Once a run: the structure of its graphs is that of the first.
@@ -216,16 +215,17 @@ class ReverseHypergradient(AbstractHypergradient):
                 last=True,
             )
             total += self._flat(product.hypers, place)
-            products += [part for part in (*product.params, *product.hypers) if part is not None]
             pulled = [add(*pair) for pair in zip(pulled, product.params, strict=True)]
         self._verified = True
-        for alpha, part in zip(alphas, mean_over_ranks(pulled, like=self.params), strict=True):
+        pulled = mean_over_ranks(pulled, like=self.params)
+        for alpha, part in zip(alphas, pulled, strict=True):
             if part is not None:
                 _add_to(alpha, part)
         if transitions and not recorded.is_sampled:
             edits.append(edited(step, [traced[t.index] for t in transitions]))
         (mean,) = mean_over_ranks([total], like=[total])
-        return total if mean is None else mean, are_finite(products)
+        total = total if mean is None else mean
+        return total, are_finite([total, *(part for part in pulled if part is not None)])
 
     def _refuse(self, edits: Sequence[Tensor]) -> None:
         """Refuse a window in which an optimizer's gradient was not that of its losses."""

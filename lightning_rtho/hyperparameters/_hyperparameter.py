@@ -86,6 +86,10 @@ class Number(Tensor):
         # No copy: between processes the memory itself is handed over, and has to stay.
         return Number, (self.as_subclass(Tensor).detach(),)
 
+    def __round__(self, ndigits: int | None = None) -> float:
+        """Round a scalar as the number it is."""
+        return round(self.item(), ndigits)
+
     def __format__(self, format_spec: str) -> str:
         """Format a scalar as the number it is."""
         return format(self.item() if self.dim() == 0 else repr(self), format_spec)
@@ -217,13 +221,20 @@ def _acts_on_first_argument(func: Callable[..., Any], args: tuple[Any, ...]) -> 
     return writes and bool(args) and isinstance(args[0], Number)
 
 
+def _read(number: Tensor) -> float:
+    value: float = number.detach().item()
+    return value
+
+
 def _call_with_numbers(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], others: list[Tensor]
 ) -> Any:
     """Call `func` with each scalar hyperparameter as a number of the other tensors' dtype."""
-    if not any(leaf.requires_grad for leaf in _tensors((args, kwargs)) if _is_number(leaf)):
+    is_live = any(leaf.requires_grad for leaf in _tensors((args, kwargs)) if _is_number(leaf))
+    # A probability has no derivative there, and as a tensor it would draw otherwise.
+    if not is_live or func is Tensor.bernoulli_:
         try:
-            return func(*_map_numbers(args, Tensor.item), **_map_numbers(kwargs, Tensor.item))
+            return func(*_map_numbers(args, _read), **_map_numbers(kwargs, _read))
         except TypeError:  # a function that takes tensors alone there, as torch.maximum does
             pass
     as_scalar = functools.partial(_cast, others=others)

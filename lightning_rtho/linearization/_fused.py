@@ -217,8 +217,8 @@ def _write_vjp(
         # Of a buffer that was carried on, as where a setting was switched, nothing is made here.
         return {name: new_state[name] for name in new_state_bar if name in new_state}
 
-    given = {name: value.clone() for name, value in new_state_bar.items()}  # as above
-    state_bar, new_grad_bar, hyper_bar = torch.func.vjp(phi, state, grad, tuned)[1](given)
+    made, pull = torch.func.vjp(phi, state, grad, tuned)[:2]
+    state_bar, new_grad_bar, hyper_bar = pull({name: new_state_bar[name].clone() for name in made})
     grad_bar.copy_(new_grad_bar)
     added = {}
     for name, value in state_bar.items():

@@ -1,5 +1,6 @@
 """An endless stream of validation batches that touches nobody else's state."""
 
+import multiprocessing
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -178,11 +179,12 @@ def _own_loader(
             "sampler": _Shard(shuffled, len(source.sampler), rank, world_size),
         }
     workers: dict[str, Any] = {"generator": generator}
-    if source.num_workers > 0:
+    if source.num_workers > 0 and not multiprocessing.current_process().daemon:
         # Its seed is the global generator's, which each cycle sets: it draws one when it starts.
         workers = {
             "num_workers": 1,
-            "persistent_workers": True,
+            # Else it is made anew each cycle, and sees what the dataset has become by then.
+            "persistent_workers": source.persistent_workers,
             "worker_init_fn": source.worker_init_fn,
             "multiprocessing_context": source.multiprocessing_context,
             "timeout": source.timeout,

@@ -58,16 +58,24 @@ KINDS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], tuple[Te
 }
 
 
+@pytest.mark.parametrize("within", ["itself", "a list"])
 @pytest.mark.parametrize("name", ["x", "y"])
-def test_frozen_batches_that_a_step_writes_to_are_copied(name, data):
+def test_frozen_batches_that_a_step_writes_to_are_copied(name, within, data):
     class Writing(SmallNet):
         def training_step(self, batch, batch_idx):
-            getattr(batch, name).mul_(1.5)
-            return super().training_step((batch.x, batch.y), batch_idx)
+            (pair,) = batch if within == "a list" else (batch,)
+            getattr(pair, name).mul_(1.5)
+            return super().training_step((pair.x, pair.y), batch_idx)
+
+        validation_step = SmallNet.validation_step
 
     def read(make, start_step):
         callback = make(["lr"], hyper_batch_size=2, start_step=start_step, outer_optimizer=None)
-        collate = lambda rows: FrozenPair(*default_collate(rows))
+
+        def collate(rows):
+            pair = FrozenPair(*default_collate(rows))
+            return [pair] if within == "a list" else pair
+
         train = DataLoader(data[0], batch_size=BATCH, collate_fn=collate)
         fit(Writing(lr=0.1), callback, steps=8, train=train)
         return callback.schedule[-1].hypergradients["lr"]
@@ -486,3 +494,36 @@ def test_what_is_made_of_a_hyperparameter_between_steps_is_a_constant(callback, 
     fit(observed, before, callback, steps=12)
     for one, other in zip(plain.parameters(), observed.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+class Counted(TensorDataset):
+    """Counts how often a row is read; in its place it tells of function modes where it is read."""
+
+    reads = 0
+
+    def __getitem__(self, index):
+        type(self).reads += 1
+        x, y = super().__getitem__(index)
+        return x, y, torch._C._len_torch_function_stack()
+
+
+class Reading(SmallNet):
+    def outer_step(self, batch, batch_idx):
+        x, y, modes = batch
+        assert not modes.any()
+        return F.mse_loss(self.net(x), y)
+
+
+def test_batches_that_are_looked_ahead_at_are_read_once(data):
+    Counted.reads = 0
+    callback = RTHO(["lr"], hyper_batch_size=2, dataloader=DataLoader(Counted(*data[1].tensors), 2))
+    fit(Reading(lr=0.01), callback, steps=4)
+    assert len(callback.schedule) == 2
+    assert Counted.reads == 2 * 2
+
+
+def test_workers_do_not_inherit_what_watches_the_first_evaluation(data):
+    loader = DataLoader(Counted(*data[1].tensors), 2, num_workers=1)
+    callback = RTHO(["lr"], hyper_batch_size=2, dataloader=loader)
+    fit(Reading(lr=0.01), callback, steps=4)
+    assert len(callback.schedule) == 2

@@ -321,6 +321,40 @@ def test_constants_that_are_broadcast_with_a_value_are_not_warned_of():
         fit(Likelihood(lr=0.1), RTHO(["lr"], hyper_batch_size=2), steps=4)
 
 
+HIDING = {
+    "a broadcast": lambda z: z.exp() * torch.broadcast_tensors(z, z.detach().mean())[1],
+    "a hard choice": lambda z: F.gumbel_softmax(z.expand(-1, 2), hard=True)[:, :1] * z,
+    "a map over the batch": lambda z: torch.vmap(lambda row: row * row.detach().exp())(z),
+}
+
+
+@pytest.mark.parametrize("name", HIDING)
+def test_what_is_detached_within_a_function_of_torch_is_warned_of(name):
+    class Hiding(SmallNet):
+        def training_step(self, batch, batch_idx):
+            return F.mse_loss(HIDING[name](self.net(batch[0])), batch[1])
+
+    with pytest.warns(UserWarning, match="were detached"):
+        fit(Hiding(lr=0.1), RTHO(["lr"], hyper_batch_size=2), steps=4)
+
+
+SHOWING = {
+    "a broadcast": lambda z: torch.broadcast_tensors(z, z.detach().mean())[0],
+    "a soft choice": lambda z: F.gumbel_softmax(z.expand(-1, 2))[:, :1] * z,
+}
+
+
+@pytest.mark.parametrize("name", SHOWING)
+def test_what_stands_beside_a_detached_value_is_not_warned_of(name):
+    class Showing(SmallNet):
+        def training_step(self, batch, batch_idx):
+            return F.mse_loss(SHOWING[name](self.net(batch[0])), batch[1])
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*were detached")
+        fit(Showing(lr=0.1), RTHO(["lr"], hyper_batch_size=2), steps=4)
+
+
 @pytest.mark.parametrize("begins_at", [0, 1, 5])
 def test_what_is_carried_from_step_to_step_is_warned_of(begins_at):
     """The centre that the outputs had so far, as of self-distillation."""

@@ -437,8 +437,7 @@ def test_a_step_that_is_made_again_is_compiled_as_without_us(compiles):
         weights.append([*module.net.parameters()])
         counts.append(len(graphs))
     assert all(map(torch.equal, *weights))
-    # What is not known to be compiled is compiled twice: once while it is looked at.
-    assert counts == ([1, 1] if compiles == "module" else [1, 2])
+    assert counts == [1, 1]
 
 
 def compiled_dropout() -> nn.Module:

@@ -59,10 +59,14 @@ def test_a_product_that_is_not_finite(method, tmp_path):
     assert [update.step for update in callback.schedule] == [2, 4, 8, 10, 12]
     assert all(update.hypergradients["lr"].isfinite() for update in callback.schedule)
     assert all(p.isfinite().all() for p in module.parameters())
-    (log,) = tmp_path.rglob("metrics.csv")
+    assert _counts(tmp_path) == ["1"]
+
+
+def _counts(path):
+    """Read the values of `nonfinite_steps` that were logged."""
+    (log,) = path.rglob("metrics.csv")
     with log.open() as file:
-        counts = [row["nonfinite_steps"] for row in csv.DictReader(file) if row["nonfinite_steps"]]
-    assert counts == ["1"]
+        return [row["nonfinite_steps"] for row in csv.DictReader(file) if row["nonfinite_steps"]]
 
 
 class InGroups(Bad):
@@ -105,6 +109,14 @@ def test_a_bad_product_with_a_hyperparameter_of_the_loss(at):
     callback = TRHO(hyper_batch_size=4)
     with pytest.warns(UserWarning, match=f"Hessian product is not finite at step {at + 1}"):
         fit(module, callback, steps=4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_bad_product_counts_once(method, tmp_path):
+    callback = METHODS[method](["lr"], hyper_batch_size=4)
+    settings = {"logger": CSVLogger(tmp_path), "log_every_n_steps": 1}
+    fit(Bad("Hessian product", at=1, lr=0.1), callback, steps=4, **settings)
+    assert _counts(tmp_path) == ["1"]
 
 
 def test_forward_mode_keeps_its_history_through_a_bad_product():

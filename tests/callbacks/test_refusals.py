@@ -24,7 +24,7 @@ from lightning_rtho import (
     ReplaySchedule,
     Schedule,
 )
-from tests.callbacks.problems import SmallNet, fit, loader
+from tests.callbacks.problems import SmallNet, as_hyperparameters, fit, loader
 
 
 @pytest.mark.parametrize(
@@ -326,14 +326,41 @@ def test_what_the_optimizer_alone_holds_is_warned_of():
     assert list(callback.hyperparameters) == ["settings.lr"]
 
 
-def test_where_torch_takes_numbers_alone_it_is_said_what_to_do():
+@pytest.mark.parametrize("slope", [lambda h: h, lambda h: 1 - h], ids=["itself", "computed"])
+def test_where_torch_takes_numbers_alone_it_is_said_what_to_do(slope):
     class Leaky(SmallNet):
         def training_step(self, batch, batch_idx):
-            return super().training_step((F.leaky_relu(batch[0], self.l2), batch[1]), batch_idx)
+            leaking = F.leaky_relu(batch[0], slope(self.l2))
+            return super().training_step((leaking, batch[1]), batch_idx)
 
-    with pytest.raises(TypeError, match="Hyperparameter") as caught:
+    with pytest.raises(TypeError, match="negative_slope") as caught:
         fit(Leaky(lr=0.1, l2=Hyperparameter(0.1, Positive())), RTHO())
     assert any("plain numbers alone" in note for note in caught.value.__notes__)
+
+
+def test_an_attribute_that_is_given_another_value_is_warned_of():
+    class Annealed(SmallNet):
+        def on_train_batch_start(self, batch, batch_idx):
+            if batch_idx == 3:
+                self.l2 = 0.5 * float(self.l2)
+
+    callback = RTHO(hyper_batch_size=2)
+    with pytest.warns(UserWarning, match="`l2` is tuned, but its attribute") as warned:
+        fit(Annealed(**as_hyperparameters({"lr": 0.1, "l2": 0.1})), callback, steps=8)
+    assert sum("its attribute" in str(warning.message) for warning in warned) == 1
+    assert len(callback.schedule) == 4
+
+
+def test_a_declared_hyperparameter_that_was_overwritten_before_the_fit_is_warned_of():
+    class Finder(L.Callback):
+        def on_fit_start(self, trainer, pl_module):
+            pl_module.l2 = 0.1
+
+    module = SmallNet(**as_hyperparameters({"lr": 0.1, "l2": 0.1}))
+    callback = RTHO(hyper_batch_size=2)
+    with pytest.warns(UserWarning, match=r"`l2` was declared .* `RTHO\(\['l2'\]\)`"):
+        fit(module, Finder(), callback, steps=2)
+    assert [*callback.hyperparameters] == ["settings.lr"]
 
 
 def test_samples_that_come_late_are_refused_before_an_update():

@@ -301,3 +301,29 @@ def test_a_rate_that_is_declared_but_not_tuned_is_the_users(method):
     fit(module, method(["l2"], hyper_batch_size=2, outer_optimizer=outer), steps=8)
     for one, other in zip(plain.parameters(), module.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)  # l2 by way of its logarithm
+
+
+def test_a_cycle_whose_upper_rate_torch_has_overwritten_is_refused():
+    class Cyclic(SmallNet):
+        def configure_optimizers(self):
+            optimizer = optim.SGD(self.parameters(), lr=self.lr)
+            cycle = lrs.CyclicLR(optimizer, 0.01, self.upper(), 2, cycle_momentum=False)
+            return [optimizer], [{"scheduler": cycle, "interval": "step"}]
+
+        def upper(self):
+            return self.lr
+
+    class Right(Cyclic):
+        def upper(self):
+            return float(self.lr)
+
+    for module_class in (Cyclic, Right):
+        module = module_class()
+        module.lr = Hyperparameter(0.1, Positive())
+        callback = RTHO(["lr"], hyper_batch_size=2)
+        if module_class is Cyclic:
+            with pytest.raises(ValueError, match="`max_lr` of CyclicLR"):
+                fit(module, callback, steps=4)
+        else:
+            fit(module, callback, steps=4)
+            assert len(callback.schedule) == 2

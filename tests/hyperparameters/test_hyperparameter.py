@@ -556,6 +556,17 @@ def test_comparisons_and_conversions_are_those_of_the_number() -> None:
     assert bool(h)
     assert math.exp(h) == math.exp(0.1)
     assert max(h, 0.05) == 0.1
+    assert (round(h), round(h, 1)) == (0, 0.1)
+
+
+def test_a_live_probability_draws_what_the_number_draws() -> None:
+    h, drawn = _hyper(0.3).requires_grad_(), []
+    for p in (0.3, h, 1 - h, 0.7):
+        torch.manual_seed(0)
+        drawn.append(torch.empty(20).bernoulli_(p))
+    assert torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[2], drawn[3])
+    assert not torch.equal(drawn[1], drawn[2])
 
 
 def test_value_written_in_place_acts_at_once_everywhere() -> None:

@@ -235,6 +235,40 @@ def test_a_worker_reads_ahead_in_the_order_in_which_there_is_none(settings):
     assert set(multiprocessing.active_children()) <= known
 
 
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_worker_sees_what_a_dataset_has_become_if_the_loaders_own_would(persistent):
+    class Staged(Dataset):
+        stage = 0
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return self.stage
+
+    data = Staged()
+    loader = DataLoader(data, batch_size=2, num_workers=1, persistent_workers=persistent)
+    stream = CyclingBatches(loader, seed=0)
+    seen = []
+    for data.stage in range(3):
+        seen.append(next(stream)[0].item())
+    assert seen == ([0, 0, 0] if persistent else [0, 1, 2])
+
+
+def _first_of_daemon(queue):
+    queue.put(next(CyclingBatches(DataLoader(DATA, batch_size=4, num_workers=1), seed=0)).tolist())
+
+
+def test_a_daemon_which_may_have_no_children_reads_itself():
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    process = context.Process(target=_first_of_daemon, args=(queue,), daemon=True)
+    process.start()
+    expected = next(CyclingBatches(DataLoader(DATA, batch_size=4), seed=0)).tolist()
+    assert queue.get(timeout=60) == expected
+    process.join()
+
+
 def test_random_samplers_of_the_users_own_draw_anew_in_each_cycle():
     stream = CyclingBatches(
         DataLoader(DATA, batch_size=10, sampler=SubsetRandomSampler(DATA)), seed=0
