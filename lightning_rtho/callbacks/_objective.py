@@ -146,6 +146,7 @@ class ValidationObjective:
                 that depends on the weights.
         """
         if not again:
+            self._reload_where_due()
             self._seen = self._next_batches()
         with (
             isolated(self._trainer, self._module, RunningStage.VALIDATING),
@@ -167,13 +168,13 @@ class ValidationObjective:
         Raises:
             MisconfigurationException: If there is no validation batch.
         """
+        self._reload_where_due()
         before = self._stream.state_dict() if self._ahead is None else self._ahead[0]
         self._seen = self._next_batches()
         self._ahead = before, self._seen
 
     def _next_batches(self) -> list[Any]:
         """Take those looked ahead at, or draw from the stream."""
-        self._reload_where_due()
         if self._ahead is not None:
             (_, batches), self._ahead = self._ahead, None
             return batches

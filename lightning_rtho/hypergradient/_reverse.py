@@ -1,6 +1,5 @@
 """Reverse-HG over a window: a cotangent of the training state, pulled back through its steps."""
 
-import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, final
 
@@ -131,8 +130,8 @@ class ReverseHypergradient(AbstractHypergradient):
             broken = [Fault(n, "gradient") for n, check in gradient_checks if not bool(check)]
             if is_outer_finite and not broken:
                 # The first that was not: those behind it are products with what came of it.
-                faults = (n for n, check in product_checks if not bool(check))
-                broken = [Fault(n, "Hessian product") for n in itertools.islice(faults, 1)]
+                faults = [n for n, check in product_checks if not bool(check)]
+                broken = [Fault(n, "Hessian product") for n in faults[:1]]
             self._faults += broken
         return total
 

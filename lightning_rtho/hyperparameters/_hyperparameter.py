@@ -169,7 +169,7 @@ def _map_numbers(tree: Any, function: Callable[[Tensor], Any]) -> Any:
 
 def _map_hyperparameters(tree: Any, function: Callable[[Tensor], Any]) -> Any:
     """Replace the hyperparameters in nested tuples, lists and dicts."""
-    if isinstance(tree, (tuple, list)) and not hasattr(tree, "_fields"):  # as of a GradientEdge
+    if isinstance(tree, (tuple, list)):
         items = [_map_hyperparameters(item, function) for item in tree]
         return items if isinstance(tree, list) else tuple(items)
     if isinstance(tree, dict):
