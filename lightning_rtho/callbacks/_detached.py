@@ -104,13 +104,15 @@ class DetachedWeights(TorchFunctionMode):
                 if self._is_detached(own):
                     self._detached[id(result)] = weakref.ref(result)
             return output
+        # Of several, one without a graph is no value, as a permutation is none.
+        lets_go = not any(map(_has_graph, results))
         is_hiding = func is F.gumbel_softmax and _is_hard(*args[1:], **(kwargs or {}))
         for result in results:
             if not result.is_floating_point():
                 continue
-            if not _has_graph(result):
+            if lets_go:
                 self._detached[id(result)] = weakref.ref(result)
-            elif torch.is_grad_enabled() and (has_detached or is_hiding):
+            elif torch.is_grad_enabled() and (has_detached or is_hiding) and _has_graph(result):
                 self._note_entry(result, is_written=any(result is x for x in inputs))
         return output
 
@@ -171,7 +173,10 @@ def _is_hard(tau: float = 1, hard: bool = False, *_: Any, **__: Any) -> bool:
     return hard
 
 
-_ONE_BY_ONE = frozenset({torch.broadcast_tensors})
+_ONE_BY_ONE = frozenset({
+    *(torch.broadcast_tensors, torch.meshgrid),
+    *(torch.atleast_1d, torch.atleast_2d, torch.atleast_3d),
+})
 """Functions of several tensors each of whose results takes after its own."""
 
 

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
+from lightning_rtho.callbacks._batches import cloned
 from lightning_rtho.callbacks._isolation import isolated
 from lightning_rtho.callbacks._kernels import differentiable_kernels
 from lightning_rtho.callbacks._loss_scale import loss_scale
@@ -127,27 +128,23 @@ class ValidationObjective:
         params: Sequence[Tensor],
         hypers: Sequence[Tensor],
         *,
-        again: bool = False,
         look: Callable[[Tensor], None] = lambda loss: None,
     ) -> OuterGradient:
-        """Evaluate the objective and its derivatives; the training run does not notice.
+        """Evaluate objective and derivatives on the batches that were taken last.
+
+        The training run does not notice.
 
         Args:
             params: Weights, each ``[*P]``.
             hypers: Hyperparameters, natural values, each ``[*H]``.
-            again: Whether it shall see the batches of the last one, or those looked ahead at.
             look: Called with each loss ``[]`` or metric, with its graph.
 
         Returns:
             Value and derivatives.
 
         Raises:
-            MisconfigurationException: If there is no validation batch, or the step returns no loss
-                that depends on the weights.
+            MisconfigurationException: If the step returns no loss that depends on the weights.
         """
-        if not again:
-            self._reload_where_due()
-            self._seen = self._next_batches()
         with (
             isolated(self._trainer, self._module, RunningStage.VALIDATING),
             differentiable_kernels(self._module),
@@ -162,8 +159,17 @@ class ValidationObjective:
                 raise MisconfigurationException(str(error)) from error
         return outer
 
+    def advance(self) -> None:
+        """Take the next batches.
+
+        Raises:
+            MisconfigurationException: If there is no validation batch.
+        """
+        self._reload_where_due()
+        self._seen = self._next_batches()
+
     def look_ahead(self) -> None:
-        """Take the batches that the next evaluation will see, for one with `again` before it.
+        """Take the batches that the next :meth:`advance` will take, too.
 
         Raises:
             MisconfigurationException: If there is no validation batch.
@@ -201,7 +207,8 @@ class ValidationObjective:
 
     def _losses(self) -> list[Callable[[], Tensor]]:
         """Return functions whose mean is the objective on the batches last seen."""
-        numbered = [(batch, batch_idx) for batch_idx, batch in enumerate(self._seen)]
+        # A step may write to what it may have to see again.
+        numbered = [(cloned(batch), batch_idx) for batch_idx, batch in enumerate(self._seen)]
         if self._metric is None:
             return [partial(self._loss, *pair) for pair in numbered]
         return [partial(self._metric, starmap(self._predict, numbered))]

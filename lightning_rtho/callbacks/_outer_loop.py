@@ -93,11 +93,10 @@ class OuterLoop:
         moving = [weight for weight in trained if weight.requires_grad]
         try:
             entries: list[Any] = []
-            self._objective.look_ahead()  # whose workers shall not inherit the watch
+            with self.run.hyperparameters_at_rest():
+                self._objective.look_ahead()  # whose workers shall not inherit the watch
             with DetachedWeights(moving) as watch:
-                outer = self._evaluate(
-                    again=True, look=lambda loss: entries.extend(watch.entries_of(loss))
-                )
+                outer = self._evaluate(look=lambda loss: entries.extend(watch.entries_of(loss)))
         except MisconfigurationException:
             raise
         except Exception as error:
@@ -127,8 +126,9 @@ class OuterLoop:
     def begin(self) -> None:
         """Let the state in which a run begins be one to go back to."""
         if self.safeguard is not None and not self.safeguard.has_begun and not self.run.steps:
-            self._objective.look_ahead()
-            self.safeguard.begin(self._evaluate(again=True).value.item())
+            with self.run.hyperparameters_at_rest():
+                self._objective.look_ahead()
+            self.safeguard.begin(self._evaluate().value.item())
 
     def after_batch(self, step: int) -> Outcome | None:
         """Make an update where one is due.
@@ -159,6 +159,8 @@ class OuterLoop:
         """Measure the hypergradient and move the hyperparameters; None where they are frozen."""
         method, safeguard = self.run.method, self.safeguard
         self.run.refuse_unused()
+        with self.run.hyperparameters_at_rest():
+            self._objective.advance()
         outer = self._evaluate()
         self._warn_of_direct_part(outer)
         value, is_finite = outer.value.item(), outer.is_finite
@@ -200,7 +202,7 @@ class OuterLoop:
         safeguard = self.safeguard
 
         def evaluate_again() -> float:
-            return self._evaluate(again=True).value.item()
+            return self._evaluate().value.item()
 
         if safeguard is None or not safeguard.goes_back(value, evaluate_again):
             return None

@@ -1,7 +1,7 @@
 """One fit as the callback follows it: the objects involved and where they stand."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -122,6 +122,17 @@ class FollowedRun:
         """Let what is computed from hyperparameters have a graph, or none."""
         for hyper in self._tuned.values():
             hyper.make_live(is_live)
+
+    @contextmanager
+    def hyperparameters_at_rest(self) -> Iterator[None]:
+        """Let hyperparameters be numbers meanwhile, as they are in workers that make batches."""
+        live = [hyper for hyper in self._tuned.values() if hyper.requires_grad]
+        self._make_live(False)
+        try:
+            yield
+        finally:
+            for hyper in live:
+                hyper.make_live(True)
 
     def begin(self, follows: Callable[[], bool]) -> None:
         """Make ready for the first batch; `follows` tells whether a coming step is followed."""
@@ -559,6 +570,8 @@ class FollowedRun:
         for optimizer in self._optimizers:
             optimizer.before_update = optimizer.after_update = None
         self._make_live(False)
+        for hyper in self._tuned.values():
+            hyper.place(hyper.device)  # without a twin
 
 
 def _is_looked_at(number: int) -> bool:

@@ -48,8 +48,8 @@ class UnusedHyperparameters:
             if present is not hyper and name not in self._replaced:
                 self._replaced.add(name)
                 rank_zero_warn(
-                    f"`{name}` is tuned, but its attribute has been given another value, "
-                    f"{present!r}: what is tuned acts there no more. Leave the attribute to the "
+                    f"`{name}` is tuned, but its attribute holds {present!r} by now: what is tuned "
+                    "acts there no more. Leave the attribute to the "
                     "callback, or name the hyperparameters to tune, as in `RTHO(['lr'])`."
                 )
 

@@ -15,6 +15,9 @@ from lightning_rtho.hyperparameters._domains import Domain, Interval, NonNegativ
 __all__ = ["Hyperparameter"]
 
 
+_HOST = torch.device("cpu")
+
+
 class Number(Tensor):
     """A scalar tensor that behaves as a Python number does among other tensors.
 
@@ -40,9 +43,9 @@ class Number(Tensor):
             if _acts_on_first_argument(func, args):
                 return func(*args, **kwargs)
             leaves = list(_tensors((args, kwargs)))
-            twin = next((_twin_of(leaf) for leaf in leaves if _twin_of(leaf) is not None), None)
-            if twin is not None and getattr(func, "__name__", "") not in _READING:
-                stand_in = functools.partial(_beside, twin)
+            place = next((x.device for x in map(_acting, leaves) if _is_far_number(x)), None)
+            if place is not None and not _reads(func):
+                stand_in = functools.partial(_stand_in, place)
                 args, kwargs = _map_numbers(args, stand_in), _map_numbers(kwargs, stand_in)
                 leaves = list(_tensors((args, kwargs)))
             others = [leaf for leaf in leaves if not _is_number(leaf)]
@@ -60,8 +63,10 @@ class Number(Tensor):
                 return result
             if result.dim() == 0:
                 return result.as_subclass(Number)
-            # Once it is given a shape it is an ordinary tensor, of the ordinary dtype.
-            return result.to(torch.get_default_dtype())
+            # Once it is given a shape it is an ordinary tensor, of the ordinary dtype, and of the
+            # host again, as it is while nothing is live.
+            back = result if place is None else result.to(_HOST)
+            return back.to(torch.get_default_dtype())
 
     def __neg__(self) -> Any:
         """Negate; a Python number while nothing is live."""
@@ -104,9 +109,14 @@ _WHERE_NO_WEIGHTS_GO = (
 _READING = frozenset({
     *("item", "tolist", "numpy", "detach", "__array__", "__bool__", "__float__", "__int__"),
     *("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "eq", "ne", "lt", "le", "gt"),
-    *("ge", "__index__", "dim", "size", "numel"),
+    *("ge", "__index__", "dim", "size", "numel", "bernoulli", "multinomial", "normal", "poisson"),
 })
-"""Functions that ask for values, which the host has at hand, or that have no derivative."""
+
+
+def _reads(func: Callable[..., Any]) -> bool:
+    """Whether `func` asks for values, which the host has at hand, or has no derivative."""
+    name = getattr(func, "__name__", "")
+    return name in _READING or name.endswith("_like") or name.startswith("new_")
 
 
 def _twin_of(number: Any) -> Tensor | None:
@@ -121,9 +131,13 @@ def _acting(operand: Any) -> Any:
     return operand if twin is None else twin
 
 
-def _beside(twin: Tensor, number: Tensor) -> Tensor:
-    """Return what stands for a number in a function that takes a twin, too."""
-    return sent_to(twin.device, _acting(number))
+def _is_far_number(value: Tensor) -> bool:
+    return not value.is_cpu and _is_number(value)
+
+
+def _stand_in(device: torch.device, number: Tensor) -> Tensor:
+    """Return what stands for a number in a function of which some act on a device."""
+    return sent_to(device, _acting(number))
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
@@ -252,17 +266,20 @@ def _arithmetic(name: str, reflected: bool) -> Callable[..., Any]:
     def apply(self: Number, other: Any) -> Any:
         if self.dim() > 0:
             return getattr(Tensor, method)(self, other)
-        number, other = _acting(self), _acting(other)
         if isinstance(other, Tensor) and not _is_number(other):
-            scalar = _operand(number, other) if number.requires_grad else number.item()
+            scalar = _operand(self, other) if self.requires_grad else self.item()
             result = beside_tensor(other, scalar)
             return result.to(torch.result_type(other, 1.0))
-        pair = (other, number) if reflected else (number, other)
+        number = _acting(self)
+        pair = (_acting(other), number) if reflected else (number, _acting(other))
         if not any(isinstance(n, Tensor) and n.requires_grad for n in pair):
             return on_numbers(*(n.item() if isinstance(n, Tensor) else n for n in pair))
         # Tensors both: torch rounds h ** 3 and 1 / h otherwise than Python where one is a number.
         with torch._C.DisableTorchFunctionSubclass():
-            plain = (torch.as_tensor(n, dtype=self.dtype).as_subclass(Tensor) for n in pair)
+            plain = [torch.as_tensor(n, dtype=self.dtype).as_subclass(Tensor) for n in pair]
+            far = next((n.device for n in plain if not n.is_cpu), None)
+            if far is not None:  # by what the host holds a device may divide otherwise
+                plain = [sent_to(far, n) for n in plain]
             return on_numbers(*plain).as_subclass(Number)
 
     return apply
@@ -270,8 +287,6 @@ def _arithmetic(name: str, reflected: bool) -> Callable[..., Any]:
 
 def _cast(number: Tensor, others: Sequence[Tensor], device: torch.device | None = None) -> Tensor:
     """Turn a scalar into the tensor that stands for it beside others; None is their device."""
-    devices = [other.device for other in others]
-    place = number.device if number.device in devices else devices[0]
     floating = [other.dtype for other in others if other.is_floating_point()]
     # From float32 up: kernels of lower precision read their scalars in float32. The C type, not
     # the subclass, or the result would be a Number with no precision to keep.
@@ -279,14 +294,17 @@ def _cast(number: Tensor, others: Sequence[Tensor], device: torch.device | None 
         torch.promote_types, floating or [torch.get_default_dtype()], torch.float32
     )
     with torch._C.DisableTorchFunctionSubclass():
-        return sent_to(device or place, number.as_subclass(Tensor), dtype)
+        if device is None:
+            is_beside = any(other.device == number.device for other in others)
+            device = number.device if is_beside else others[0].device
+        return sent_to(device, number.as_subclass(Tensor), dtype)
 
 
 def _operand(number: Tensor, other: Tensor) -> Tensor:
     """Turn a scalar into the operand that stands for it in arithmetic with a tensor."""
     # Kernels of low precision read scalars in float32 only where the host holds them.
     is_low = other.is_floating_point() and other.element_size() < 4
-    return _cast(number, [other], torch.device("cpu") if is_low else None)
+    return _cast(number, [other], _HOST) if is_low else _cast(_acting(number), [other])
 
 
 for _name in ("add", "sub", "mul", "truediv", "pow"):

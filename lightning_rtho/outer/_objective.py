@@ -69,7 +69,7 @@ def outer_gradient(
         values.append(loss.detach() / len(losses))
     first_statistic = len(params) + len(hypers)
     totals[:first_statistic] = mean_over_ranks(totals[:first_statistic], [*params, *hypers])
-    value = torch.stack(values).sum()
+    value = torch.stack([part.to(values[0]) for part in values]).sum()
     (mean,) = mean_over_ranks([value], like=[value])
     return OuterGradient(
         value if mean is None else mean,

@@ -527,3 +527,42 @@ def test_workers_do_not_inherit_what_watches_the_first_evaluation(data):
     callback = RTHO(["lr"], hyper_batch_size=2, dataloader=loader)
     fit(Reading(lr=0.01), callback, steps=4)
     assert len(callback.schedule) == 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_validation_step_may_write_to_its_batch(method, data):
+    class Scaling(SmallNet):
+        def validation_step(self, batch, batch_idx):
+            batch[0].mul_(0.5)
+            return super().validation_step(batch, batch_idx)
+
+    class Scaled(SmallNet):
+        def validation_step(self, batch, batch_idx):
+            return super().validation_step((batch[0] * 0.5, batch[1]), batch_idx)
+
+    found = []
+    for module_class in (Scaling, Scaled):
+        callback = METHODS[method](hyper_batch_size=2)
+        fit(module_class(lr=Hyperparameter(0.1, Positive())), callback, steps=8)
+        found.append([update.outer_objective for update in callback.schedule])
+    assert found[0] == found[1]
+    assert len(found[0]) == 4
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_validation_data_may_be_made_with_hyperparameters(workers, data):
+    """They act there as numbers: what a worker makes has no graph."""
+
+    class Noisy(TensorDataset):
+        level: Hyperparameter
+
+        def __getitem__(self, index):
+            x, y = super().__getitem__(index)
+            return x * self.level, y * torch.stack([self.level])
+
+    module = SmallNet(l2=Hyperparameter(0.1, Positive()), lr=0.1)
+    noisy = Noisy(*data[1].tensors)
+    noisy.level = module.l2
+    val = DataLoader(noisy, batch_size=2, num_workers=workers)
+    fit(module, callback := RTHO(hyper_batch_size=2, dataloader=val), steps=6)
+    assert len(callback.schedule) == 3

@@ -146,6 +146,22 @@ def test_the_host_knows_the_value_of_what_is_live_on_a_device():
     assert (h * torch.ones(1, device=META)).device == META
 
 
+def test_numbers_of_device_and_host_go_together():
+    h = live(0.5, META)
+    for number in (torch.maximum(h.log(), h.detach()), h.log() / 3, 3 - h, h * h.exp()):
+        assert number.device == META
+        assert number.dim() == 0
+    assert torch.rand_like(h).device.type == "cpu"  # by whose generator it is drawn without us
+    assert torch.bernoulli(h).device.type == "cpu"
+
+
+def test_a_twin_is_gone_after_the_fit():
+    module = SmallNet(**as_hyperparameters({"lr": 0.1, "l2": 0.1}))
+    module.l2.place(META)
+    fit(module, METHODS["forward"](), steps=4)
+    assert module.l2.leaves == [module.l2]
+
+
 class Steps:
     """Steps of plain SGD on a device from which the host can read nothing; to try is an error."""
 

@@ -195,6 +195,7 @@ class _FinalObjective(Callback):
             objective = ValidationObjective(
                 trainer, pl_module, self._val, len(self._val), self._metric
             )
+            objective.advance()
             self.value = objective(list(pl_module.parameters()), []).value.item()
 
 
