@@ -6,6 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+HOST = torch.device("cpu")
+"""Where numbers can be read without waiting for an accelerator."""
+
 
 def sqrt_zero_slope(x: Tensor) -> Tensor:
     """Square root with derivative 0, not infinity, at x = 0.
@@ -93,7 +96,7 @@ def place_of_doubles(device: torch.device) -> torch.device:
     Returns:
         The device, or the host where it has no float64.
     """
-    return torch.device("cpu") if device.type == "mps" else device
+    return HOST if device.type == "mps" else device
 
 
 def are_finite(tensors: Sequence[Tensor]) -> Tensor:

@@ -197,8 +197,8 @@ class HypergradientCallback(Callback):
         check_modules(trainer, pl_module)
         check_optimizers(trainer)
         self._tuned = select_hyperparameters(self._selection, pl_module, trainer.optimizers)
-        if self._selection is None:
-            warn_of_vanished(self._declared - self._tuned.keys(), pl_module)
+        if self._selection is None:  # so that all that are declared by now are tuned
+            warn_of_vanished(self._declared - self._tuned.keys())
         if self._resumed is not None:
             self._take_back_values(self._resumed)
             self._take_back_random_state(trainer, self._resumed)

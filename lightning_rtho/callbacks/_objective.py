@@ -207,15 +207,15 @@ class ValidationObjective:
 
     def _losses(self) -> list[Callable[[], Tensor]]:
         """Return functions whose mean is the objective on the batches last seen."""
-        # A step may write to what it may have to see again.
-        numbered = [(cloned(batch), batch_idx) for batch_idx, batch in enumerate(self._seen)]
+        numbered = [(batch, batch_idx) for batch_idx, batch in enumerate(self._seen)]
         if self._metric is None:
             return [partial(self._loss, *pair) for pair in numbered]
         return [partial(self._metric, starmap(self._predict, numbered))]
 
     def _on_device(self, batch: Any) -> Any:
         """Return a batch as Lightning hands it to a step."""
-        batch = self._trainer.precision_plugin.convert_input(batch)
+        # A copy, since a step may write to what may have to be seen again.
+        batch = self._trainer.precision_plugin.convert_input(cloned(batch))
         # Private: the one way to call the hook where it is defined, on module or data module.
         number = self._dataloader_idx
         batch = self._module._on_before_batch_transfer(batch, dataloader_idx=number)

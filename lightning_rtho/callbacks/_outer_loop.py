@@ -93,8 +93,7 @@ class OuterLoop:
         moving = [weight for weight in trained if weight.requires_grad]
         try:
             entries: list[Any] = []
-            with self.run.hyperparameters_at_rest():
-                self._objective.look_ahead()  # whose workers shall not inherit the watch
+            self._objective.look_ahead()  # whose workers shall not inherit the watch
             with DetachedWeights(moving) as watch:
                 outer = self._evaluate(look=lambda loss: entries.extend(watch.entries_of(loss)))
         except MisconfigurationException:
@@ -126,8 +125,7 @@ class OuterLoop:
     def begin(self) -> None:
         """Let the state in which a run begins be one to go back to."""
         if self.safeguard is not None and not self.safeguard.has_begun and not self.run.steps:
-            with self.run.hyperparameters_at_rest():
-                self._objective.look_ahead()
+            self._objective.look_ahead()
             self.safeguard.begin(self._evaluate().value.item())
 
     def after_batch(self, step: int) -> Outcome | None:
@@ -158,7 +156,7 @@ class OuterLoop:
     def _update(self, step: int) -> Outcome | None:
         """Measure the hypergradient and move the hyperparameters; None where they are frozen."""
         method, safeguard = self.run.method, self.safeguard
-        self.run.refuse_unused()
+        self.run.check_hyperparameters()
         with self.run.hyperparameters_at_rest():
             self._objective.advance()
         outer = self._evaluate()

@@ -411,8 +411,8 @@ class FollowedRun:
             with refusals_explained():
                 self.method.settle()
 
-    def refuse_unused(self) -> None:
-        """Refuse a hyperparameter that has acted nowhere so far; it may act in few steps."""
+    def check_hyperparameters(self) -> None:
+        """Refuse one that has acted nowhere so far; warn of one that was written over."""
         self._unused.refuse()
         self._unused.warn_of_replaced()
 

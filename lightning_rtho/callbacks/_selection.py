@@ -7,7 +7,6 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import nn
 from torch.optim import Optimizer
 
 from lightning_rtho.dynamics import get_setting, rule_class_for, set_setting
@@ -61,14 +60,13 @@ def select_hyperparameters(
     return found
 
 
-def warn_of_vanished(names: Collection[str], module: nn.Module) -> None:
+def warn_of_vanished(names: Collection[str]) -> None:
     """Warn of hyperparameters in whose place something else stands by now.
 
     Args:
-        names: Those that the module has declared, and that are not tuned.
-        module: The module.
+        names: Those that the module has declared, and declares no more.
     """
-    for name in sorted(set(names) - declared_hyperparameters(module).keys()):
+    for name in sorted(names):
         rank_zero_warn(
             f"`{name}` was declared as a hyperparameter, but something else stands in its place "
             "by now, as `LearningRateFinder` puts a number there, so it is not tuned. Where it is "

@@ -49,8 +49,8 @@ class UnusedHyperparameters:
                 self._replaced.add(name)
                 rank_zero_warn(
                     f"`{name}` is tuned, but its attribute holds {present!r} by now: what is tuned "
-                    "acts there no more. Leave the attribute to the "
-                    "callback, or name the hyperparameters to tune, as in `RTHO(['lr'])`."
+                    "acts there no more. Leave the attribute to the callback, or name the "
+                    "hyperparameters to tune, as in `RTHO(['lr'])`."
                 )
 
     def _strike_off_settings(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lightning_rtho._numerics import are_finite, sent_to
+from lightning_rtho._numerics import HOST, are_finite, sent_to
 from lightning_rtho.dynamics import Transition, UpdateRule
 from lightning_rtho.linearization import GradientClip, TracedLoss
 
@@ -24,9 +24,6 @@ __all__ = [
     "Replay",
     "add",
 ]
-
-
-_HOST = torch.device("cpu")
 
 
 class Replay(Protocol):
@@ -281,7 +278,7 @@ class AbstractHypergradient(ABC):
             The steps, from first to last.
         """
 
-    def _flat(self, parts: Sequence[Tensor | None], device: torch.device = _HOST) -> Tensor:
+    def _flat(self, parts: Sequence[Tensor | None], device: torch.device = HOST) -> Tensor:
         """Join one tensor a hyperparameter, each ``[*H]`` or None, to ``[m]``, float64."""
         return torch.cat([
             torch.zeros(size, dtype=torch.float64, device=device)

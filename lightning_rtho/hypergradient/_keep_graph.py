@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple, final
 
+import torch
 from torch import Tensor
 
 from lightning_rtho.hypergradient._arena import Arena, Arenas
@@ -122,6 +123,9 @@ class KeepGraph(Tape):
         """See :meth:`Tape.state_dict`; a graph can be kept in memory alone."""
 
     def load_state_dict(
-        self, state: list[dict[str, Any]] | None, recollection: Recollection
+        self,
+        state: list[dict[str, Any]] | None,
+        recollection: Recollection,
+        device: torch.device,
     ) -> None:
         """See :meth:`Tape.load_state_dict`; the window begins anew."""

@@ -17,7 +17,6 @@ __all__ = [
     "gradients_of",
     "size_of_copies",
     "with_gradients",
-    "with_settings",
     "with_weights",
     "without_gradients",
 ]
@@ -59,23 +58,6 @@ def with_weights(step: OptimizerStep, weights: Sequence[Tensor]) -> OptimizerSte
     """
     transitions = [
         dataclasses.replace(t, state={**t.state, "param": weights[t.index]})
-        for t in step.transitions
-    ]
-    return dataclasses.replace(step, transitions=transitions)
-
-
-def with_settings(step: OptimizerStep, fetch: Callable[[Tensor], Tensor]) -> OptimizerStep:
-    """Let a step read its optimizer's settings from elsewhere.
-
-    Args:
-        step: The step.
-        fetch: Gives for each setting ``[]`` what stands for it.
-
-    Returns:
-        The step, of the same tensors otherwise.
-    """
-    transitions = [
-        dataclasses.replace(t, hyper={name: fetch(value) for name, value in t.hyper.items()})
         for t in step.transitions
     ]
     return dataclasses.replace(step, transitions=transitions)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from lightning_rtho._numerics import sent_to
+from lightning_rtho._numerics import HOST, sent_to
 from lightning_rtho.distributed import is_distributed
 from lightning_rtho.dynamics import Transition
 from lightning_rtho.hypergradient._arena import Arena, Arenas
@@ -21,7 +21,6 @@ from lightning_rtho.hypergradient._kept_step import (
     gradients_of,
     size_of_copies,
     with_gradients,
-    with_settings,
     with_weights,
     without_gradients,
 )
@@ -102,8 +101,7 @@ class _ReplayTape(Tape):
 
         def recall(kept: _ReplayStep) -> RecordedStep:
             here = [param.detach() for param in params]
-            # Of a window that was resumed from a checkpoint, the settings are on the host, too.
-            step = with_settings(copy_step(with_weights(kept.step, here), fetch), fetch)
+            step = copy_step(with_weights(kept.step, here), fetch)
             if kept.fingerprint is None:
                 lines = [partial(linearize, replay) for replay in kept.losses]
                 return RecordedStep(step, lines, any(loss.is_sample for loss in kept.losses))
@@ -155,7 +153,10 @@ class _ReplayTape(Tape):
         return steps
 
     def load_state_dict(
-        self, state: list[dict[str, Any]] | None, recollection: Recollection
+        self,
+        state: list[dict[str, Any]] | None,
+        recollection: Recollection,
+        device: torch.device,
     ) -> None:
         """See :meth:`Tape.load_state_dict`."""
         window = state or []
@@ -163,7 +164,7 @@ class _ReplayTape(Tape):
             return  # its steps were clipped otherwise
         for saved in window:
             transitions = [
-                Transition(rule=recollection.rule_class(**options), **arguments)
+                Transition(rule=recollection.rule_class(**options), **_there(arguments, device))
                 for options, arguments in saved["transitions"]
             ]
             raw_grads = saved["raw_grads"]
@@ -177,7 +178,7 @@ class _ReplayTape(Tape):
                 precision=saved.get("precision"),  # which earlier versions did not save
             )
             losses = [recollection.make_replay(loss) for loss in saved["losses"]]
-            arena = Arena(torch.device("cpu"), 0)
+            arena = Arena(HOST, 0)
             weights, prints = saved["weights"], saved["fingerprint"]
             self._steps.append(_ReplayStep(step, weights, losses, prints, arena))
 
@@ -222,6 +223,12 @@ def _transition_state(transition: Transition) -> list[dict[str, Any]]:
     """Return the options of a transition's rule, and its other arguments."""
     arguments = {f.name: getattr(transition, f.name) for f in dataclasses.fields(transition)}
     return [dataclasses.asdict(arguments.pop("rule")), arguments]
+
+
+def _there(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Send the settings of a transition to a device; its states are fetched when they are read."""
+    hyper = {name: sent_to(device, value) for name, value in arguments["hyper"].items()}
+    return {**arguments, "hyper": hyper}
 
 
 def _exchange(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:

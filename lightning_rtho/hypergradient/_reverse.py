@@ -6,7 +6,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from lightning_rtho._numerics import are_finite, place_of_doubles, sent_to
+from lightning_rtho._numerics import HOST, are_finite, place_of_doubles, sent_to
 from lightning_rtho._types import StateCotangent
 from lightning_rtho.distributed import is_distributed, mean_over_ranks
 from lightning_rtho.hypergradient._arena import Arena
@@ -62,6 +62,11 @@ class ReverseHypergradient(AbstractHypergradient):
         """See :attr:`AbstractHypergradient.needs_replay`."""
         return self.tape.needs_replay
 
+    @property
+    def _place(self) -> torch.device:
+        """Where dE/dlambda is added up."""
+        return place_of_doubles(self.params[0].device)
+
     def extend(self, params: Sequence[Tensor]) -> None:
         """See :meth:`AbstractHypergradient.extend`; the window begins anew."""
         super().extend(params)
@@ -99,7 +104,7 @@ class ReverseHypergradient(AbstractHypergradient):
         alphas = _cotangents(outer.release_params())
         betas = list(outer.statistics)
         # What is said of a step is read when all are done: to ask is to wait for a device.
-        total = self._flat(outer.hypers, place_of_doubles(self.params[0].device))
+        total = self._flat(outer.hypers, self._place)
         memory: dict[int, Tensor] = {}
         gradient_checks: list[tuple[int, Tensor]] = []
         product_checks: list[tuple[int, Tensor]] = []
@@ -191,8 +196,7 @@ class ReverseHypergradient(AbstractHypergradient):
         vectors: list[Tensor | None] = [None] * len(self.params)
         for transition, grad_bar in zip(transitions, grads_bar, strict=True):
             vectors[transition.index] = grad_bar
-        place = place_of_doubles(self.params[0].device)
-        total = self._flat([None] * len(self.hypers), place)
+        total = self._flat([None] * len(self.hypers), self._place)
         traced: list[Tensor | None] = [None] * len(self.params)
         pulled: list[Tensor | None] = [None] * len(self.params)
         for linearize in reversed(recorded.linearizations):
@@ -213,7 +217,7 @@ class ReverseHypergradient(AbstractHypergradient):
                 wrt_params=not is_first,  # nobody asks for what came before the window
                 last=True,
             )
-            total += self._flat(product.hypers, place)
+            total += self._flat(product.hypers, self._place)
             pulled = [add(*pair) for pair in zip(pulled, product.params, strict=True)]
         self._verified = True
         pulled = mean_over_ranks(pulled, like=self.params)
@@ -250,7 +254,7 @@ class ReverseHypergradient(AbstractHypergradient):
     def load_state_dict(self, state: dict[str, Any], recollection: Recollection) -> None:
         """See :meth:`AbstractHypergradient.load_state_dict`."""
         self.reset()
-        self.tape.load_state_dict(state["window"], recollection)
+        self.tape.load_state_dict(state["window"], recollection, self.params[0].device)
 
     def reset(self) -> None:
         """See :meth:`AbstractHypergradient.reset`; empties the tape."""
@@ -269,7 +273,7 @@ _KEEP_GRAPHS = "; use `TRHO(tape=KeepGraph())` where a loss cannot be computed t
 def _cotangents(gradients: Sequence[Tensor | None]) -> list[StateCotangent]:
     """Copy grad E, each ``[*P]``, to memory that cotangents will be written to in place."""
     given = [gradient for gradient in gradients if gradient is not None]
-    arena = Arena(given[0].device if given else torch.device("cpu"), Arena.size_of(given))
+    arena = Arena(given[0].device if given else HOST, Arena.size_of(given))
     return [{} if gradient is None else {"param": arena.copy(gradient)} for gradient in gradients]
 
 

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lightning_rtho.hypergradient._base import OptimizerStep, Recollection, Replay
@@ -105,13 +106,17 @@ class Tape(ABC):
 
     @abstractmethod
     def load_state_dict(
-        self, state: list[dict[str, Any]] | None, recollection: Recollection
+        self,
+        state: list[dict[str, Any]] | None,
+        recollection: Recollection,
+        device: torch.device,
     ) -> None:
         """Take in the steps of another tape.
 
         Args:
             state: What :meth:`state_dict` returned; None leaves the window empty.
             recollection: What belongs to the state but is not in it.
+            device: Where the weights are.
         """
 
 

@@ -9,13 +9,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from lightning_rtho._numerics import place_of_doubles, sent_to
+from lightning_rtho._numerics import HOST, place_of_doubles, sent_to
 from lightning_rtho.hyperparameters._domains import Domain, Interval, NonNegative, Positive, Real
 
 __all__ = ["Hyperparameter"]
-
-
-_HOST = torch.device("cpu")
 
 
 class Number(Tensor):
@@ -65,7 +62,7 @@ class Number(Tensor):
                 return result.as_subclass(Number)
             # Once it is given a shape it is an ordinary tensor, of the ordinary dtype, and of the
             # host again, as it is while nothing is live.
-            back = result if place is None else result.to(_HOST)
+            back = result if place is None else result.to(HOST)
             return back.to(torch.get_default_dtype())
 
     def __neg__(self) -> Any:
@@ -304,7 +301,7 @@ def _operand(number: Tensor, other: Tensor) -> Tensor:
     """Turn a scalar into the operand that stands for it in arithmetic with a tensor."""
     # Kernels of low precision read scalars in float32 only where the host holds them.
     is_low = other.is_floating_point() and other.element_size() < 4
-    return _cast(number, [other], _HOST) if is_low else _cast(_acting(number), [other])
+    return _cast(number, [other], HOST) if is_low else _cast(_acting(number), [other])
 
 
 for _name in ("add", "sub", "mul", "truediv", "pow"):
