@@ -340,7 +340,7 @@ class HypergradientCallback(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """Take down the gradients before they are clipped."""
+        """Take down how gradients will be clipped."""
         if self._loop is not None:
             self._loop.run.before_clipping()
 

@@ -5,14 +5,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.optim import Optimizer
 
-from lightning_rtho.callbacks._clipping import clipping, copied_gradients
-from lightning_rtho.linearization import GradientClip, graph_nodes
-from lightning_rtho.optim import DifferentiableOptimizer
+from lightning_rtho.linearization import graph_nodes
 
 __all__ = ["ManualStep"]
 
@@ -20,9 +16,8 @@ __all__ = ["ManualStep"]
 class ManualStep:
     """Stands in for those methods of a module that a manual ``training_step`` shapes updates by.
 
-    ``clip_gradients`` is taken down. Toggling an optimizer no longer freezes the weights of the
-    others, on whose history the toggled one's gradient depends, but still keeps gradients from
-    them.
+    Toggling an optimizer no longer freezes the weights of the others, on whose history the toggled
+    one's gradient depends, but still keeps gradients from them.
 
     Args:
         module: The module.
@@ -31,21 +26,19 @@ class ManualStep:
     def __init__(self, module: LightningModule) -> None:
         self._module = module
         self._toggled: set[Tensor] | None = None
-        self._clipped: dict[Optimizer, tuple[GradientClip, dict[Tensor, Tensor]]] = {}
         self._updated: dict[Tensor, int] = {}
 
     def start(self) -> None:
         """Stand in for the methods."""
         self._updated = {}
         vars(self._module).update(
-            clip_gradients=self._clip_gradients,
             toggle_optimizer=self._toggle_optimizer,
             untoggle_optimizer=self._untoggle_optimizer,
         )
 
     def stop(self) -> None:
         """Give the methods back."""
-        for name in ("clip_gradients", "toggle_optimizer", "untoggle_optimizer"):
+        for name in ("toggle_optimizer", "untoggle_optimizer"):
             vars(self._module).pop(name, None)
 
     def takes_gradient(self, param: Tensor) -> bool:
@@ -58,19 +51,6 @@ class ManualStep:
             Whether no optimizer is toggled, or one that trains it is.
         """
         return self._toggled is None or param in self._toggled
-
-    def take_clip(
-        self, optimizer: DifferentiableOptimizer
-    ) -> tuple[GradientClip | None, dict[Tensor, Tensor]]:
-        """Return how the gradients of the coming update were clipped, and what they were before.
-
-        Args:
-            optimizer: The optimizer.
-
-        Returns:
-            The clipping and the gradients, each ``[*P]``.
-        """
-        return self._clipped.pop(optimizer, (None, {}))
 
     def note_update(self, params: Sequence[Tensor]) -> None:
         """Take down that weights are about to change.
@@ -98,21 +78,6 @@ class ManualStep:
                         "weights it depends on, so its gradient is one of weights that are gone. "
                         "Compute the loss after that step."
                     )
-
-    def _clip_gradients(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        known = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        algorithm = gradient_clip_algorithm or self._module.trainer.gradient_clip_algorithm
-        clip = clipping(gradient_clip_val, algorithm)
-        if isinstance(known, DifferentiableOptimizer) and clip is not None:
-            self._clipped[known] = clip, copied_gradients(known.params)
-        type(self._module).clip_gradients(
-            self._module, optimizer, gradient_clip_val, gradient_clip_algorithm
-        )
 
     def _toggle_optimizer(self, optimizer: Any) -> None:
         self._toggled = {param for group in optimizer.param_groups for param in group["params"]}

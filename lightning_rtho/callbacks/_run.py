@@ -20,7 +20,7 @@ from lightning_rtho.callbacks._batches import BatchCopies, cloned
 from lightning_rtho.callbacks._buffers import BufferCopies
 from lightning_rtho.callbacks._bystanders import MovingBystanders
 from lightning_rtho.callbacks._checks import refusals_explained
-from lightning_rtho.callbacks._clipping import clipping, copied_gradients
+from lightning_rtho.callbacks._clipping import NotedClipping
 from lightning_rtho.callbacks._curvature import CurvatureSample
 from lightning_rtho.callbacks._detached import DetachedWeights
 from lightning_rtho.callbacks._hand_over import GradientHandOver
@@ -95,8 +95,7 @@ class FollowedRun:
         # Processes rest together or not at all.
         self._batch_copies = BatchCopies(clones=trainer.world_size > 1)
         self._bystanders = MovingBystanders(module, self.trained)
-        self._clip = clipping(trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
-        self._raw_grads: dict[Tensor, Tensor] = {}
+        self._clipping = NotedClipping(module)
         self._hand_over = GradientHandOver(module)
         self._manual = None if module.automatic_optimization else ManualStep(module)
         self._following = self._resting = self._warned_of_resting = False
@@ -179,6 +178,7 @@ class FollowedRun:
             self._statistics.start(traced=not self.method.needs_replay)
             if self._manual is not None:
                 self._manual.start()
+                self._clipping.start()
             self._batches += 1
             if self._detached is None:
                 moving = [param for param in self.trained if param.requires_grad]
@@ -354,10 +354,11 @@ class FollowedRun:
         """Tell whether nothing is known that adds to the gradients of a loss or changes them."""
         return (
             self._manual is None
-            and self._clip is None
+            and not self._trainer.gradient_clip_val
             and self._trainer.world_size == 1
             and self._trainer.accumulate_grad_batches == 1
             and scale == 1
+            and not is_overridden("configure_gradient_clipping", self._module)
             and not is_overridden("optimizer_zero_grad", self._module)
         )
 
@@ -395,9 +396,9 @@ class FollowedRun:
                 leaf.grad = None
 
     def before_clipping(self) -> None:
-        """Take down the gradients that are about to be clipped."""
-        if self._following and self._clip is not None:
-            self._raw_grads = copied_gradients(self.method.params)
+        """Take down how gradients will be clipped."""
+        if self._following:
+            self._clipping.start()
 
     def after_batch(self) -> None:
         """End what lasts as long as a training step, which may have returned no loss."""
@@ -405,8 +406,7 @@ class FollowedRun:
         if self._following:  # or rests from here on, but for the coming update
             self._make_live(True)
             self._record_statistics()
-        if self._following and self._manual is not None:
-            self._manual.stop()
+        self._stop_standing_in()
         if self._following:
             with refusals_explained():
                 self.method.settle()
@@ -425,9 +425,10 @@ class FollowedRun:
         if not self._following:
             return
         self._refuse_edits(optimizer)
-        clip, raw_grads = self._clip, self._raw_grads
-        if self._manual is not None:
-            clip, raw_grads = self._manual.take_clip(optimizer)
+        clip, raw_grads = self._clipping.take(optimizer)
+        if self._manual is None:
+            self._clipping.stop()
+        else:
             self._manual.note_update(optimizer.params)
             self._record_statistics()  # before their weights move
             self._statistics.start()
@@ -443,7 +444,7 @@ class FollowedRun:
             self.method.forget_gradients(range(len(self.method.params)))
         optimizer.carry_derivative_buffers(transitions)
         self.steps += bool(transitions)
-        self._recorded, self._raw_grads = False, {}
+        self._recorded = False
 
     def _refuse_edits(self, optimizer: DifferentiableOptimizer) -> None:
         """Refuse what someone else has written to gradients or settings."""
@@ -493,6 +494,12 @@ class FollowedRun:
         self._detached_watch.close()
         self._forward_context.close()
         self._hook_watch.close()
+
+    def _stop_standing_in(self) -> None:
+        """Give the module its methods back."""
+        self._clipping.stop()
+        if self._manual is not None:
+            self._manual.stop()
 
     def _record_statistics(self) -> None:
         """Record forward passes that no backward pass has followed."""
@@ -547,7 +554,6 @@ class FollowedRun:
         """Return what this run knows of the steps that a checkpoint holds."""
         return Recollection(
             self._optimizers[0].rule_class,
-            self._clip,
             partial(
                 TrainingStepReplay.from_state_dict,
                 self._trainer,
@@ -565,8 +571,7 @@ class FollowedRun:
         self._statistics.collect()
         self._hooks.end(self.method.params)
         self.method.reset()
-        if self._manual is not None:
-            self._manual.stop()
+        self._stop_standing_in()
         for optimizer in self._optimizers:
             optimizer.before_update = optimizer.after_update = None
         self._make_live(False)

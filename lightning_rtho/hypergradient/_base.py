@@ -49,12 +49,10 @@ class Recollection:
 
     Attributes:
         rule_class: Update rule of the optimizer.
-        clip: The clipping.
         make_replay: Makes a replay of what its ``state_dict`` returned.
     """
 
     rule_class: type[UpdateRule]
-    clip: GradientClip | None
     make_replay: Callable[[dict[str, Any]], Replay]
 
 

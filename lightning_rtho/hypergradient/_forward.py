@@ -298,11 +298,10 @@ class ForwardHypergradient(AbstractHypergradient):
         if self._edited is not None and bool(self._edited):
             raise GradientMismatchError(
                 "The gradient given to the optimizer is not the loss's: something between backward "
-                "and the optimizer's step changes gradients, as a value of its own in "
-                "`configure_gradient_clipping` does. Clip by `Trainer(gradient_clip_val=...)` and "
-                "scale the loss rather than its gradient. In "
-                "manual optimization call `self.manual_backward`, clip by `self.clip_gradients`, "
-                "and clear gradients after each step."
+                "and the optimizer's step changes gradients, as torch's own functions of clipping "
+                "do. Clip by `Trainer(gradient_clip_val=...)` or once by `self.clip_gradients`, "
+                "and scale the loss rather than its gradient. In manual optimization call "
+                "`self.manual_backward`, and clear gradients after each step."
             )
         from_weights = self.tangents.pulled_back(outer.params, outer.statistics, self._chunks())
         return self._flat(outer.hypers) + from_weights

@@ -25,7 +25,13 @@ from lightning_rtho.hypergradient._kept_step import (
     without_gradients,
 )
 from lightning_rtho.hypergradient._tape import RecordedStep, Tape, already
-from lightning_rtho.linearization import Linearization, TracedLoss
+from lightning_rtho.linearization import (
+    ClipByNorm,
+    ClipByValue,
+    GradientClip,
+    Linearization,
+    TracedLoss,
+)
 
 __all__ = ["Offload", "Recompute"]
 
@@ -144,7 +150,7 @@ class _ReplayTape(Tape):
                 "number": step.number,
                 "precision": step.precision,
                 "transitions": [_transition_state(transition) for transition in step.transitions],
-                "clip": repr(step.clip),
+                "clip": step.clip and [type(step.clip).__name__, step.clip.limit],
                 "raw_grads": None if step.clip is None else list(step.raw_grads),
                 "weights": weights,
                 "losses": replays,
@@ -160,20 +166,18 @@ class _ReplayTape(Tape):
     ) -> None:
         """See :meth:`Tape.load_state_dict`."""
         window = state or []
-        if any(saved["clip"] != repr(recollection.clip) for saved in window):
-            return  # its steps were clipped otherwise
+        if any(isinstance(saved["clip"], str) for saved in window):
+            return  # an earlier version wrote no more than a name of the clipping
         for saved in window:
             transitions = [
                 Transition(rule=recollection.rule_class(**options), **_there(arguments, device))
                 for options, arguments in saved["transitions"]
             ]
             raw_grads = saved["raw_grads"]
-            clip = None if raw_grads is None else recollection.clip
-            raw_grads = [t.grad for t in transitions] if raw_grads is None else raw_grads
             step = OptimizerStep(
                 transitions,
-                raw_grads,
-                clip,
+                [t.grad for t in transitions] if raw_grads is None else raw_grads,
+                _clip(saved["clip"]),
                 saved["number"],
                 precision=saved.get("precision"),  # which earlier versions did not save
             )
@@ -223,6 +227,14 @@ def _transition_state(transition: Transition) -> list[dict[str, Any]]:
     """Return the options of a transition's rule, and its other arguments."""
     arguments = {f.name: getattr(transition, f.name) for f in dataclasses.fields(transition)}
     return [dataclasses.asdict(arguments.pop("rule")), arguments]
+
+
+def _clip(state: list[Any] | None) -> GradientClip | None:
+    """Return the clipping whose name and limit were saved."""
+    if state is None:
+        return None
+    name, limit = state
+    return {clip.__name__: clip for clip in (ClipByNorm, ClipByValue)}[name](limit)
 
 
 def _there(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -235,9 +235,9 @@ class ReverseHypergradient(AbstractHypergradient):
         if any(bool(is_edited) for is_edited in edits):
             raise GradientMismatchError(
                 "The gradient given to the optimizer is not the loss's: something between backward "
-                "and the optimizer's step changes gradients, as a value of its own in "
-                f"`configure_gradient_clipping` does{_TWICE if self.needs_replay else ''}. Clip by "
-                "`Trainer(gradient_clip_val=...)` and scale the loss rather than its gradient"
+                "and the optimizer's step changes gradients, as torch's own functions of clipping "
+                f"do{_TWICE if self.needs_replay else ''}. Clip by `Trainer(gradient_clip_val=...)`"
+                " or once by `self.clip_gradients`, and scale the loss rather than its gradient"
                 f"{_KEEP_GRAPHS if self.needs_replay else ''}."
             )
 

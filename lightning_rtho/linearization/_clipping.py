@@ -14,6 +14,8 @@ __all__ = ["ClipByNorm", "ClipByValue", "GradientClip"]
 class GradientClip(ABC):
     """A pure map on the gradients of all parameters together, with its derivatives."""
 
+    limit: float
+
     @abstractmethod
     def __call__(self, *grads: Tensor) -> tuple[Tensor, ...]:
         """Clip the gradients, each ``[*P]``."""

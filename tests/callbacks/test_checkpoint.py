@@ -560,10 +560,23 @@ def test_hyperparameters_may_be_named_in_another_order(make, tmp_path):
     assert found[0] == found[1]
 
 
-def test_window_of_steps_that_were_clipped_otherwise_begins_anew(tmp_path):
-    run(TRHO(hyper_batch_size=4), tmp_path, gradient_clip_val=1.0)
-    for limit in (None, 0.5):
-        callback = TRHO(hyper_batch_size=4)
-        ckpt_path = tmp_path / "step=7.ckpt"
-        run(callback, tmp_path / f"{limit}", ckpt_path=ckpt_path, gradient_clip_val=limit)
-        assert callback.schedule.steps == [4, 8, 12]
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_steps_of_a_window_keep_the_clipping_that_they_had(algorithm, tmp_path):
+    class ClippedFromStep7(SmallNet):
+        limits: tuple[float, ...]
+
+        def configure_gradient_clipping(self, optimizer, **kwargs):
+            self.clip_gradients(optimizer, self.limits[self.global_step >= 7], algorithm)
+
+    def make(*limits: float) -> ClippedFromStep7:
+        module = ClippedFromStep7(lr=Hyperparameter(0.1, Positive()))
+        module.limits = limits
+        return module
+
+    whole, resumed = TRHO(hyper_batch_size=4), TRHO(hyper_batch_size=4)
+    run(whole, tmp_path, module=make(0.1, 0.05))
+    run(resumed, tmp_path / "rest", module=make(7, 0.05), ckpt_path=tmp_path / "step=7.ckpt")
+    assert resumed.schedule.steps == [4, 8, 12]
+    assert [u.hypergradients for u in resumed.schedule] == [
+        u.hypergradients for u in whole.schedule
+    ]

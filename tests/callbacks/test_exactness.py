@@ -140,6 +140,27 @@ def test_trainer_settings_are_followed(settings, body):
     )
 
 
+class ClippedLater(SmallNet):
+    """By a limit that falls, by value in one step, and not at all in the last."""
+
+    def configure_gradient_clipping(
+        self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
+    ):
+        step = self.global_step
+        if step < STEPS - 1:
+            how = "value" if step == 1 else "norm"
+            self.clip_gradients(optimizer, 0.5 / (1 + step), gradient_clip_algorithm=how)
+
+
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_clipping_of_the_modules_own_is_followed(accumulated):
+    check_all_methods(
+        lambda **values: ClippedLater(optim.SGD, **values),
+        {"lr": 0.1, "momentum": 0.6, "l2": 0.01},
+        accumulate_grad_batches=accumulated,
+    )
+
+
 def test_batch_norm_and_dropout_under_adam():
     check_all_methods(
         lambda **values: SmallNet(optim.Adam, body=batch_norm_and_dropout, **values),
