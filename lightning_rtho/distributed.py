@@ -1,11 +1,11 @@
-"""Means over the processes of a distributed run."""
+"""What the processes of a distributed run tell each other."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, distributed
 
-__all__ = ["is_distributed", "mean_over_ranks"]
+__all__ = ["from_first_rank", "is_distributed", "mean_over_ranks", "to_first_rank"]
 
 
 def is_distributed() -> bool:
@@ -33,12 +33,50 @@ def mean_over_ranks(parts: Sequence[Tensor | None], like: Sequence[Tensor]) -> l
     """
     if not is_distributed():
         return list(parts)
+    world_size = distributed.get_world_size()
+    return [total / world_size for total in _sum_over_ranks(parts, like)]
+
+
+def from_first_rank(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Let all processes have the tensors of the first.
+
+    Args:
+        tensors: Tensors of any shape, the same in every process.
+
+    Returns:
+        Those of the first process, detached.
+    """
+    if not is_distributed():
+        return [tensor.detach() for tensor in tensors]
+    are_ours = distributed.get_rank() == 0
+    return _sum_over_ranks([tensor if are_ours else None for tensor in tensors], like=tensors)
+
+
+def to_first_rank(
+    cotangents: Sequence[Tensor | None], like: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Pull cotangents back through :func:`from_first_rank`: the first process gets their sum.
+
+    Args:
+        cotangents: One a tensor, of its shape; None is zero.
+        like: The tensors.
+
+    Returns:
+        The sums in the first process, None in the others.
+    """
+    if not is_distributed():
+        return list(cotangents)
+    sums = _sum_over_ranks(cotangents, like)
+    return [total if distributed.get_rank() == 0 else None for total in sums]
+
+
+def _sum_over_ranks(parts: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
     on_gpu = distributed.get_backend() == "nccl"  # which reduces nothing on the CPU
-    means: list[Tensor | None] = []
+    sums = []
     for part, twin in zip(parts, like, strict=True):
         zero = torch.zeros(twin.shape, dtype=twin.dtype, device=twin.device)
         local = zero if part is None else part.detach().contiguous().clone()
         reduced = local.cuda() if on_gpu else local
         distributed.all_reduce(reduced)
-        means.append((reduced / distributed.get_world_size()).to(local.device))
-    return means
+        sums.append(reduced.to(local.device))
+    return sums

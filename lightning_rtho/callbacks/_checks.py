@@ -194,10 +194,10 @@ def check_modules(trainer: Trainer, module: LightningModule) -> None:
         if isinstance(layer, nn.Embedding):
             _check_embedding(trainer, name, layer)
             _warn_of_shared_padding(module, name, layer)
-        if trainer.world_size > 1 and isinstance(layer, _BatchNorm):
+        if trainer.world_size > 1 and isinstance(layer, nn.SyncBatchNorm):
             raise MisconfigurationException(
-                f"`{name}` is normalized by batch, which is not followed over several processes. "
-                "Use layer or group normalization, or `Trainer(devices=1)`."
+                f"`{name}` normalizes over all processes, which has no second derivative. Use "
+                "`Trainer(sync_batchnorm=False)`, or layer or group normalization."
             )
         averages = getattr(layer, "track_running_stats", False)
         if averages and not isinstance(layer, _BatchNorm):

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger, Logger
-from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.seed import isolate_rng
 
@@ -33,9 +32,6 @@ def isolated(trainer: Trainer, module: LightningModule, stage: RunningStage) -> 
         stack.enter_context(isolate_rng())
         if torch.backends.mps.is_available():
             stack.callback(torch.mps.set_rng_state, torch.mps.get_rng_state())
-        if isinstance(trainer.strategy, ParallelStrategy):
-            # No backward pass follows that the processes would have to wait for.
-            stack.enter_context(trainer.strategy.block_backward_sync())
         stack.enter_context(_silenced(trainer, module))
         stack.enter_context(preserved(module))
         stack.enter_context(_in_stage(trainer, stage))

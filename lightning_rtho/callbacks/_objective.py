@@ -21,6 +21,7 @@ from lightning_rtho.callbacks._isolation import isolated
 from lightning_rtho.callbacks._kernels import differentiable_kernels
 from lightning_rtho.callbacks._loss_scale import loss_scale
 from lightning_rtho.callbacks._metric import MetricObjective
+from lightning_rtho.distributed import from_first_rank, to_first_rank
 from lightning_rtho.hypergradient import OuterGradient
 from lightning_rtho.linearization import RunningStatistics, silenceable_hooks
 from lightning_rtho.outer import CyclingBatches, NoBatchError, NoGraphError, outer_gradient
@@ -145,18 +146,25 @@ class ValidationObjective:
         Raises:
             MisconfigurationException: If the step returns no loss that depends on the weights.
         """
+        values = self._statistics.buffers
+        # Whose buffers DDP lets all processes run with.
+        are_first_ranks = getattr(self._trainer.strategy.model, "broadcast_buffers", False)
+        if are_first_ranks:
+            values = from_first_rank(values)
         with (
             isolated(self._trainer, self._module, RunningStage.VALIDATING),
             differentiable_kernels(self._module),
             silenceable_hooks(),
         ):
             try:
-                with self._statistics.differentiable() as statistics:
+                with self._statistics.differentiable(values) as statistics:
                     scale = loss_scale(self._trainer)
                     losses = [partial(_looked_at, look, loss) for loss in self._losses()]
                     outer = outer_gradient(losses, params, hypers, statistics, scale)
             except NoGraphError as error:
                 raise MisconfigurationException(str(error)) from error
+        if are_first_ranks:
+            outer.statistics = to_first_rank(outer.statistics, like=values)
         return outer
 
     def advance(self) -> None:
@@ -235,20 +243,19 @@ class ValidationObjective:
         """Loss ``[]`` of one batch."""
         trainer, module = self._trainer, self._module
         batch = self._on_device(batch)
-        output: Any
         outer_step = getattr(module, "outer_step", None)
+        args = [batch]
         if outer_step is not None:
-            with trainer.precision_plugin.val_step_context():
-                output = outer_step(batch, batch_idx)
-            step = "outer_step"
+            args.append(batch_idx)
         else:
-            args = [batch]
             if is_param_in_hook_signature(module.validation_step, "batch_idx", min_args=2):
                 args.append(batch_idx)
             if self._tells_loader:
                 args.append(self._dataloader_idx)
-            output = trainer.strategy.validation_step(*args)
-            step = "validation_step"
+        # Not through DDP, which would wait for a backward pass and hand buffers round.
+        with trainer.precision_plugin.val_step_context():
+            output: Any = (outer_step or module.validation_step)(*args)
+        step = "validation_step" if outer_step is None else "outer_step"
         loss = output.get("loss") if isinstance(output, dict) else output
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise MisconfigurationException(

@@ -249,7 +249,8 @@ class TrainingStepReplay:
             put_buffers(module, buffers)
             put_attributes(module, self.attributes)
             self.statistics.start()
-            output: Any = trainer.strategy.training_step(*self.args)
+            with trainer.precision_plugin.train_step_context():  # not through DDP, as validation
+                output: Any = module.training_step(*self.args)
             loss = output["loss"] if isinstance(output, dict) else output
             loss = loss / self.accumulated * self.scale
             return TracedLoss(loss, self.statistics.collect(), self.scale)

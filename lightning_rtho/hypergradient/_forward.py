@@ -303,8 +303,14 @@ class ForwardHypergradient(AbstractHypergradient):
                 "and scale the loss rather than its gradient. In manual optimization call "
                 "`self.manual_backward`, and clear gradients after each step."
             )
-        from_weights = self.tangents.pulled_back(outer.params, outer.statistics, self._chunks())
-        return self._flat(outer.hypers) + from_weights
+        total = self._flat(outer.hypers)
+        total += self.tangents.pulled_back(outer.params, [], self._chunks())
+        if outer.statistics:  # of which each process has its own
+            nothing = [None] * len(self.params)
+            own = self.tangents.pulled_back(nothing, outer.statistics, self._chunks())
+            (mean,) = mean_over_ranks([own], like=[own])
+            total += own if mean is None else mean
+        return total
 
     @property
     def keeps_history(self) -> bool:

@@ -141,14 +141,18 @@ class RunningStatistics:
         return _batch_norm(*call)
 
     @contextmanager
-    def differentiable(self) -> Iterator[list[Tensor]]:
+    def differentiable(self, values: Sequence[Tensor] | None = None) -> Iterator[list[Tensor]]:
         """Let forward passes in evaluation mode depend differentiably on the statistics.
 
+        Args:
+            values: What is taken for them, each ``[*B]``; None for what they are.
+
         Yields:
-            Copies of the statistics that require grad, each ``[*B]``; torch's own kernel has no
+            Copies of the values that require grad, each ``[*B]``; torch's own kernel has no
             derivative by them.
         """
-        leaves = [buffer.detach().clone().requires_grad_() for buffer in self.buffers]
+        taken = self.buffers if values is None else values
+        leaves = [value.detach().clone().requires_grad_() for value in taken]
         means = self._running_means()
 
         def normalize(*args: Any, **kwargs: Any) -> Tensor:

@@ -32,7 +32,8 @@ def outer_gradient(
         losses: One function a batch that returns its loss ``[]``; one graph is held at a time.
         params: Weights, each ``[*P]``.
         hypers: Hyperparameters, natural values, each ``[*H]``.
-        statistics: Running statistics on which the losses depend differentiably, each ``[*B]``.
+        statistics: Running statistics on which the losses depend differentiably, each ``[*B]``;
+            their derivatives are those of this process.
         scale: What the losses are multiplied by meanwhile, so that small float16 gradients do not
             vanish; 1 where gradients would overflow.
 

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn, optim
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler
 from torchmetrics import MeanSquaredError
 
@@ -25,6 +26,13 @@ from lightning_rtho import (
 )
 from tests.callbacks.problems import FEATURES, SmallNet, fit, loader
 
+
+class Untouched(L.Callback):
+    """Does nothing."""
+
+    schedule = Schedule(start={})
+
+
 METHODS = {
     "forward": lambda: RTHO(hyper_batch_size=3),
     "recompute": lambda: TRHO(hyper_batch_size=3),
@@ -34,6 +42,8 @@ METHODS = {
     "forward, drawn": lambda: RTHO(hyper_batch_size=3, curvature_fraction=0.99),
     "reverse, drawn": lambda: TRHO(hyper_batch_size=3, curvature_fraction=0.99),
     "metric": lambda: RTHO(hyper_batch_size=3, objective=MeanSquaredError()),
+    "observing": lambda: TRHO(hyper_batch_size=5, outer_optimizer=None),
+    "plain": lambda: Untouched(),
 }
 
 
@@ -72,11 +82,14 @@ class Shared(SmallNet):
         x, y = batch
         return (self(x) - y).square().mean()
 
-    def train_dataloader(self):
-        data = loader(24, seed=1, batch_size=self.batch_size).dataset
+    def dealt_out(self, size: int, *, seed: int, batch_size: int) -> DataLoader:
+        data = loader(size, seed=seed, batch_size=batch_size).dataset
         world_size, rank = self.trainer.world_size, self.trainer.global_rank
         order = DistributedSampler(data, world_size, rank, shuffle=False)
-        return DataLoader(data, batch_size=self.batch_size, sampler=order)
+        return DataLoader(data, batch_size=batch_size, sampler=order)
+
+    def train_dataloader(self):
+        return self.dealt_out(24, seed=1, batch_size=self.batch_size)
 
     def val_dataloader(self):
         return loader(8, seed=2, batch_size=2 * self.batch_size)
@@ -91,6 +104,7 @@ class Report(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         held = {
             "weights": [p.detach().clone() for p in pl_module.parameters()],
+            "buffers": [buffer.clone() for buffer in pl_module.buffers()],
             "start": self.callback.schedule.start,
             "values": [u.values for u in self.callback.schedule],
             "hypergradients": [u.hypergradients for u in self.callback.schedule],
@@ -161,6 +175,81 @@ def test_two_processes_equal_one(method, options, unused, settings, tmp_path):
     assert len(one["values"]) == 2
 
 
+class HalvedBatchNorm(nn.BatchNorm1d):
+    """Two processes in one: of every second example the other one has the statistics."""
+
+    def __init__(self, features: int, own_statistics: bool) -> None:
+        super().__init__(features)
+        self.other = nn.BatchNorm1d(features, affine=False) if own_statistics else None
+
+    def forward(self, x):
+        first, second = super().forward(x[::2]), x[1::2]
+        if self.other is not None:
+            second = self.other(second) * self.weight + self.bias
+        elif self.training:
+            second = F.batch_norm(second, None, None, self.weight, self.bias, training=True)
+        else:
+            second = super().forward(second)
+        return torch.stack([first, second], 1).flatten(0, 1)
+
+
+class Normalized(Shared):
+    """Has a layer that normalizes the batch of its process."""
+
+    own_statistics = False
+
+    def __init__(self, batch_size: int, unused: bool = False) -> None:
+        super().__init__(batch_size, unused)
+        self.net.insert(1, nn.BatchNorm1d(3))
+
+    def setup(self, stage):
+        super().setup(stage)
+        if self.trainer.world_size == 1:
+            self.net[1] = HalvedBatchNorm(3, self.own_statistics)
+
+    def forward(self, x):
+        return self.net(x)
+
+    def val_dataloader(self):
+        return self.dealt_out(8, seed=2, batch_size=2 * self.batch_size)
+
+
+class NormalizedApart(Normalized):
+    own_statistics = True
+
+
+@pytest.mark.parametrize(
+    ("method", "module_type", "settings"),
+    [
+        ("forward", Normalized, {"accumulate_grad_batches": 2}),
+        ("keep graph", Normalized, {}),
+        ("recompute", NormalizedApart, {}),
+    ],
+)
+def test_batch_normalization_of_two_processes(method, module_type, settings, tmp_path):
+    (one,) = run(method, tmp_path / "one", 1, "auto", module_type=module_type, **settings)
+    strategy = DDPStrategy(
+        start_method="spawn",
+        process_group_backend="gloo",
+        broadcast_buffers=not module_type.own_statistics,
+    )
+    two = run(method, tmp_path / "two", 2, strategy, module_type=module_type, **settings)
+    for kind in ("weights", "values", "hypergradients", "objectives"):
+        for rank in two:
+            torch.testing.assert_close(rank[kind], one[kind], rtol=1e-11, atol=1e-14)
+
+
+def test_observer_leaves_weights_and_buffers_of_each_process_as_they_were(tmp_path):
+    found = []
+    for method in ("plain", "observing"):
+        strategy = DDPStrategy(start_method="spawn", process_group_backend="gloo")
+        found.append(run(method, tmp_path / method, 2, strategy, module_type=Normalized))
+    for plain, observed in zip(*found, strict=True):
+        for kind in ("weights", "buffers"):
+            torch.testing.assert_close(observed[kind], plain[kind], rtol=0, atol=0)
+    assert not torch.equal(found[0][0]["buffers"][0], found[0][1]["buffers"][0])
+
+
 class Doubling(Shared):
     def training_step(self, batch, batch_idx):
         if self.global_rank == 1:
@@ -224,7 +313,7 @@ def test_static_graph_is_refused():
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (lambda: nn.BatchNorm1d(4), "`net.1` is normalized by batch"),
+        (lambda: nn.SyncBatchNorm(4), "`net.1` normalizes over all processes"),
         (lambda: nn.Embedding(4, 4, sparse=True), "`net.1` has sparse gradients"),
     ],
 )
