@@ -99,6 +99,10 @@ class DetachedWeights(TorchFunctionMode):
         if not (has_detached or has_graph):
             return output
         results = [*_tensors(args[:1] if func in _WRITES else (output,))]
+        if getattr(func, "__name__", "").removesuffix("_") in _FLAT:
+            for result in results:  # which may have been written to
+                self._detached.pop(id(result), None)
+            return output
         if func in _ONE_BY_ONE:
             for result, own in zip(results, inputs, strict=True):
                 if self._is_detached(own):
@@ -106,11 +110,12 @@ class DetachedWeights(TorchFunctionMode):
             return output
         # Of several, one without a graph is no value, as a permutation is none.
         lets_go = not any(map(_has_graph, results))
+        has_past = has_detached or not all(map(self._is_beginning, inputs))
         is_hiding = func is F.gumbel_softmax and _is_hard(*args[1:], **(kwargs or {}))
         for result in results:
             if not result.is_floating_point():
                 continue
-            if lets_go:
+            if lets_go and has_past:
                 self._detached[id(result)] = weakref.ref(result)
             elif torch.is_grad_enabled() and (has_detached or is_hiding) and _has_graph(result):
                 self._note_entry(result, is_written=any(result is x for x in inputs))
@@ -136,6 +141,11 @@ class DetachedWeights(TorchFunctionMode):
         base = result._base if is_written else None
         if base is not None and base.grad_fn is not None:
             self._entries[_key(base.grad_fn)] = place
+
+    def _is_beginning(self, x: Tensor) -> bool:
+        """Tell whether a tensor has no history, as one that shall get a gradient of its own."""
+        plain = debug_unwrap(x)
+        return type(plain) is Tensor and plain.is_leaf and id(plain) not in self._detached
 
     def _is_detached(self, x: Tensor) -> bool:
         known = self._detached.get(id(x))
@@ -171,6 +181,10 @@ _TAKES_AFTER = frozenset({"expand_as", "reshape_as", "to", "type_as", "view_as"}
 def _is_hard(tau: float = 1, hard: bool = False, *_: Any, **__: Any) -> bool:
     """Tell of the arguments of ``gumbel_softmax`` whether it detaches a part within."""
     return hard
+
+
+_FLAT = frozenset({"ceil", "fix", "floor", "heaviside", "round", "sgn", "sign", "trunc"})
+"""Functions that do not depend on what they read but for where they jump."""
 
 
 _ONE_BY_ONE = frozenset({

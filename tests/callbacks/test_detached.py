@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributions import Normal
 from torch.nn import functional as F
 
@@ -182,6 +182,30 @@ def test_values_detached_to_be_looked_at_are_not_warned_of():
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*were detached")
         fit(Watched(torch.optim.Adam, lr=0.1), RTHO(["lr"], hyper_batch_size=2), steps=4)
+
+
+@pytest.mark.parametrize("sign", [torch.sign, Tensor.sign_])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_by_signs_of_gradients_is_exact_and_not_warned_of(method, sign):
+    class Attacked(SmallNet):
+        """Trains on inputs that a gradient's signs have made worse."""
+
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            x = x.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(F.mse_loss(self.net(x), y), x)
+            return super().training_step([x.detach() + 0.1 * sign(gradient), y], batch_idx)
+
+    def loss_at(lr: float) -> float:
+        fit(module := Attacked(lr=lr), steps=4)
+        return validation_loss(module)
+
+    callback = METHODS[method](4)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*were detached")
+        fit(Attacked(**as_hyperparameters({"lr": 0.1})), callback, steps=4)
+    (found,) = callback.hypergradients.values()
+    assert found.item() == pytest.approx(finite_difference(0.1, loss_at), rel=1e-6)
 
 
 @pytest.mark.parametrize("step", ["training_step", "validation_step"])
