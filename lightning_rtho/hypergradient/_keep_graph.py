@@ -16,7 +16,7 @@ from lightning_rtho.hypergradient._base import (
 )
 from lightning_rtho.hypergradient._kept_step import copy_step, with_weights
 from lightning_rtho.hypergradient._saved import SavedWeights
-from lightning_rtho.hypergradient._tape import RecordedStep, Tape, already
+from lightning_rtho.hypergradient._tape import RecordedStep, Tape
 from lightning_rtho.linearization import Linearization, TracedLoss
 
 __all__ = ["KeepGraph"]
@@ -106,7 +106,7 @@ class KeepGraph(Tape):
                     "with them. Use `TRHO(tape=Recompute())`, or clear gradients by "
                     "`zero_grad(set_to_none=True)`."
                 )
-            yield RecordedStep(step, [already(line) for line in losses])
+            yield RecordedStep(step, reversed(losses))
             self._arenas.give_back(arena)
 
     def __len__(self) -> int:

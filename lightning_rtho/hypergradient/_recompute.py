@@ -3,7 +3,6 @@
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from typing import Any, NamedTuple, final
 
 import torch
@@ -24,7 +23,7 @@ from lightning_rtho.hypergradient._kept_step import (
     with_weights,
     without_gradients,
 )
-from lightning_rtho.hypergradient._tape import RecordedStep, Tape, already
+from lightning_rtho.hypergradient._tape import RecordedStep, Tape
 from lightning_rtho.linearization import (
     ClipByNorm,
     ClipByValue,
@@ -109,11 +108,11 @@ class _ReplayTape(Tape):
             here = [param.detach() for param in params]
             step = copy_step(with_weights(kept.step, here), fetch)
             if kept.fingerprint is None:
-                lines = [partial(linearize, replay) for replay in kept.losses]
+                lines = map(linearize, reversed(kept.losses))
                 return RecordedStep(step, lines, any(loss.is_sample for loss in kept.losses))
             line = linearize(kept.losses[0])
             step = with_gradients(step, line.gradients, kept.fingerprint)
-            return RecordedStep(step, [already(line)])
+            return RecordedStep(step, [line])
 
         last = self._steps[-1] if self._steps else None
         try:

@@ -199,8 +199,7 @@ class ReverseHypergradient(AbstractHypergradient):
         total = self._flat([None] * len(self.hypers), self._place)
         traced: list[Tensor | None] = [None] * len(self.params)
         pulled: list[Tensor | None] = [None] * len(self.params)
-        for linearize in reversed(recorded.linearizations):
-            linearization = linearize()
+        for linearization in recorded.linearizations:
             # Once a run: the structure of its graphs is that of the first.
             if not self._verified and not linearization.still_holds(step.precision):
                 raise GradientMismatchError(

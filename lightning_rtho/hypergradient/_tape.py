@@ -1,7 +1,7 @@
 """What a window of training steps leaves behind, to be read backwards."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from lightning_rtho.hypergradient._base import OptimizerStep, Recollection, Repl
 from lightning_rtho.hypergradient._kept_step import without_gradients
 from lightning_rtho.linearization import Linearization, TracedLoss
 
-__all__ = ["RecordedStep", "Tape", "already"]
+__all__ = ["RecordedStep", "Tape"]
 
 
 class RecordedStep(NamedTuple):
@@ -19,12 +19,13 @@ class RecordedStep(NamedTuple):
 
     Attributes:
         step: The step, with copies of its tensors.
-        linearizations: One for each micro-batch of its gradient, made when called.
+        linearizations: One for each micro-batch of its gradient, from last to first, to be read
+            once: some are made as they are asked for.
         is_sampled: Whether they are of samples, whose gradients are not the step's.
     """
 
     step: OptimizerStep
-    linearizations: Sequence[Callable[[], Linearization]]
+    linearizations: Iterable[Linearization]
     is_sampled: bool = False
 
     def after_update(self) -> "RecordedStep":
@@ -118,15 +119,3 @@ class Tape(ABC):
             recollection: What belongs to the state but is not in it.
             device: Where the weights are.
         """
-
-
-def already(linearization: Linearization) -> Callable[[], Linearization]:
-    """Return a function that makes a linearization which has been made.
-
-    Args:
-        linearization: The linearization.
-
-    Returns:
-        What returns it.
-    """
-    return lambda: linearization
