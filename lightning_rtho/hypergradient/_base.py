@@ -5,7 +5,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -136,17 +136,19 @@ class AbstractHypergradient(ABC):
             name them by their positions here.
         hypers: The hyperparameters, natural values, each ``[*H]``; those that may act in the loss
             require grad. Together they have m entries.
+
+    Attributes:
+        keeps_history: Whether a hypergradient looks behind the last one.
+        needs_replay: Whether losses are computed again.
     """
+
+    keeps_history: ClassVar[bool]
+    needs_replay: bool
 
     def __init__(self, params: Sequence[Tensor], hypers: Sequence[Tensor]) -> None:
         self.params = list(params)
         self.hypers = list(hypers)
         self.sizes = [hyper.numel() for hyper in hypers]
-
-    @property
-    @abstractmethod
-    def needs_replay(self) -> bool:
-        """Whether losses are computed again."""
 
     @property
     def entries(self) -> int:
@@ -221,11 +223,6 @@ class AbstractHypergradient(ABC):
         Raises:
             GradientMismatchError: If a step's gradient was not that of its recorded losses.
         """
-
-    @property
-    @abstractmethod
-    def keeps_history(self) -> bool:
-        """Whether a hypergradient looks behind the last one."""
 
     @abstractmethod
     def transport(self, old: Tensor, new: Tensor) -> None:

@@ -69,6 +69,8 @@ class ForwardHypergradient(AbstractHypergradient):
         Franceschi et al. (2017), Algorithm 2; Donini et al. (2020) for the discount.
     """
 
+    keeps_history = True
+
     def __init__(
         self,
         params: Sequence[Tensor],
@@ -80,7 +82,7 @@ class ForwardHypergradient(AbstractHypergradient):
     ) -> None:
         super().__init__(params, hypers)
         self.discount = discount
-        self._needs_replay = needs_replay
+        self.needs_replay = needs_replay
         self._dtype = tangent_dtype
         self._checks: list[tuple[int, Tensor]] = []
         load_forward_mode()
@@ -119,11 +121,6 @@ class ForwardHypergradient(AbstractHypergradient):
         self.settle()
         for index in indices:
             self._grads[index] = self._grads_dot[index] = None
-
-    @property
-    def needs_replay(self) -> bool:
-        """See :attr:`AbstractHypergradient.needs_replay`."""
-        return self._needs_replay
 
     def start(self, buffers: Iterable[Tensor] = ()) -> None:
         """See :meth:`AbstractHypergradient.start`; nothing to prepare."""
@@ -311,11 +308,6 @@ class ForwardHypergradient(AbstractHypergradient):
             (mean,) = mean_over_ranks([own], like=[own])
             total += own if mean is None else mean
         return total
-
-    @property
-    def keeps_history(self) -> bool:
-        """See :attr:`AbstractHypergradient.keeps_history`."""
-        return True
 
     def transport(self, old: Tensor, new: Tensor) -> None:
         r"""See :meth:`AbstractHypergradient.transport`; Z <- J_new^-T J_old^T Z.

@@ -50,17 +50,14 @@ class ReverseHypergradient(AbstractHypergradient):
         Franceschi et al. (2017), Algorithm 1; Shaban et al. (2019) for the truncation.
     """
 
+    keeps_history = False
+
     def __init__(self, params: Sequence[Tensor], hypers: Sequence[Tensor], tape: Tape) -> None:
         super().__init__(params, hypers)
-        self.tape = tape
+        self.tape, self.needs_replay = tape, tape.needs_replay
         self._verified = False
         self._faults: list[Fault] = []
         self.tape.clear()
-
-    @property
-    def needs_replay(self) -> bool:
-        """See :attr:`AbstractHypergradient.needs_replay`."""
-        return self.tape.needs_replay
 
     @property
     def _place(self) -> torch.device:
@@ -74,11 +71,6 @@ class ReverseHypergradient(AbstractHypergradient):
 
     def forget_gradients(self, indices: Iterable[int]) -> None:
         """See :meth:`AbstractHypergradient.forget_gradients`; here every step begins anew."""
-
-    @property
-    def keeps_history(self) -> bool:
-        """See :attr:`AbstractHypergradient.keeps_history`."""
-        return False
 
     def transport(self, old: Tensor, new: Tensor) -> None:
         """See :meth:`AbstractHypergradient.transport`; every window begins with no history."""
