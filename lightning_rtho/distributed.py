@@ -1,11 +1,14 @@
 """What the processes of a distributed run tell each other."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed
 
 __all__ = ["from_first_rank", "is_distributed", "mean_over_ranks", "to_first_rank"]
+
+_Part = TypeVar("_Part", Tensor, Tensor | None)
 
 
 def is_distributed() -> bool:
@@ -17,7 +20,7 @@ def is_distributed() -> bool:
     )
 
 
-def mean_over_ranks(parts: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
+def mean_over_ranks(parts: Sequence[_Part], like: Sequence[Tensor]) -> list[_Part]:
     """Average tensors over all processes; one process keeps them as they are.
 
     Args:

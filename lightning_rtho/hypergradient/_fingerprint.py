@@ -30,21 +30,20 @@ def fingerprint(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def have_other_sums(
-    tensors: Sequence[Tensor], sums: Tensor | None, precision: torch.dtype | None = None
+    tensors: Sequence[Tensor], sums: Tensor, precision: torch.dtype | None = None
 ) -> Tensor:
     """Tell whether the sums of tensors are other than given ones, by more than rounding.
 
     Args:
         tensors: The tensors, each ``[*P]``.
-        sums: Of each ``[len(tensors)]``; None is zero.
+        sums: Of each ``[len(tensors)]``.
         precision: What else they were computed in.
 
     Returns:
         A boolean ``[]``, not yet synchronised with the host; False where they are not finite.
     """
     found, norms = fingerprint(tensors)
-    difference = found if sums is None else found - sums
-    differs: Tensor = difference.norm() > tolerance(tensors, precision) * norms.norm()
+    differs: Tensor = (found - sums).norm() > tolerance(tensors, precision) * norms.norm()
     return differs
 
 

@@ -276,7 +276,7 @@ class ForwardHypergradient(AbstractHypergradient):
         for transition in step.transitions:
             part, param = found[transition.index], self.params[transition.index]
             local.append(param.new_zeros(len(columns), *param.shape) if part is None else part)
-        means = [mean for mean in mean_over_ranks(local, like=local) if mean is not None]
+        means = mean_over_ranks(local, like=local)
         return means if step.clip is None else step.clip.jvp(step.raw_grads, means)
 
     def _hyper_dot(self, transition: Transition, columns: range) -> Hypers:
@@ -306,7 +306,7 @@ class ForwardHypergradient(AbstractHypergradient):
             nothing = [None] * len(self.params)
             own = self.tangents.pulled_back(nothing, outer.statistics, self._chunks())
             (mean,) = mean_over_ranks([own], like=[own])
-            total += own if mean is None else mean
+            total += mean
         return total
 
     def transport(self, old: Tensor, new: Tensor) -> None:

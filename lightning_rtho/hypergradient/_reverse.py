@@ -217,8 +217,7 @@ class ReverseHypergradient(AbstractHypergradient):
                 _add_to(alpha, part)
         if transitions and not recorded.is_sampled:
             edits.append(edited(step, [traced[t.index] for t in transitions]))
-        (mean,) = mean_over_ranks([total], like=[total])
-        total = total if mean is None else mean
+        (total,) = mean_over_ranks([total], like=[total])
         return total, are_finite([total, *(part for part in pulled if part is not None)])
 
     def _refuse(self, edits: Sequence[Tensor]) -> None:

@@ -71,9 +71,9 @@ def outer_gradient(
     first_statistic = len(params) + len(hypers)
     totals[:first_statistic] = mean_over_ranks(totals[:first_statistic], [*params, *hypers])
     value = torch.stack([part.to(values[0]) for part in values]).sum()
-    (mean,) = mean_over_ranks([value], like=[value])
+    (value,) = mean_over_ranks([value], like=[value])
     return OuterGradient(
-        value if mean is None else mean,
+        value,
         totals[: len(params)],
         totals[len(params) : first_statistic],
         totals[first_statistic:],
