@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from lightning_rtho._types import State
 from lightning_rtho.callbacks._buffers import buffers_of
@@ -43,9 +44,11 @@ def take_snapshot(
     Returns:
         Tensors, numbers, lists and dicts.
     """
+    trained_by = _trained_by(optimizers)
+    states = [trained_by[p].state.get(p, {}) if p in trained_by else {} for p in params]
     return {
         "params": [param.detach().clone() for param in params],
-        "states": [_copy(_state_of(param, optimizers)) for param in params],
+        "states": [_copy(state) for state in states],
         "derivative_buffers": [_copy(b) for b in read_derivative_buffers(params, optimizers)],
         "buffers": _copy({name: buffers[key] for name, buffers, key in buffers_of(module)}),
         "others": {
@@ -75,11 +78,11 @@ def restore_snapshot(
         for param, value, state in zip(params, snapshot["params"], snapshot["states"], strict=True):
             param.copy_(value)
             param.grad = None  # it was that of the weights that are given up
-            for optimizer in optimizers:
-                if param in optimizer.state or (state and trained_by[param] is optimizer):
-                    _write(optimizer.state[param], state)
-                    if not state:  # before an optimizer's first step it knows no weight
-                        del optimizer.state[param]
+            if param in trained_by:
+                optimizer = trained_by[param]
+                _write(optimizer.state[param], state)
+                if not state:  # before an optimizer's first step it knows no weight
+                    del optimizer.state[param]
         unkept = [_copy(buffers) for buffers in snapshot["derivative_buffers"]]
         write_derivative_buffers(unkept, params, optimizers)
         for name, other in untrained_weights(module, params):
@@ -122,8 +125,8 @@ def read_derivative_buffers(
     Returns:
         Buffers ``[*P]`` by name, of each weight.
     """
-    kept = [[optimizer.derivative_buffers(param) for optimizer in optimizers] for param in params]
-    return [next(filter(None, found), {}) for found in kept]
+    trained_by = _trained_by(optimizers)
+    return [trained_by[p].derivative_buffers(p) if p in trained_by else {} for p in params]
 
 
 def write_derivative_buffers(
@@ -155,8 +158,8 @@ def distance_from(snapshot: dict[str, Any], params: Sequence[Tensor]) -> float:
         ||w - w'|| / ||w'||; 0 where w' is 0 and has no length.
     """
     pairs = list(zip(params, snapshot["params"], strict=True))
-    moved = _norm([param.detach() - kept for param, kept in pairs])
-    length = _norm([kept for _, kept in pairs])
+    moved = get_total_norm([param.detach() - kept for param, kept in pairs]).item()
+    length = get_total_norm([kept for _, kept in pairs]).item()
     return moved / length if length > 0 else 0.0
 
 
@@ -184,23 +187,11 @@ def move_snapshot(snapshot: dict[str, Any], params: Sequence[Tensor]) -> dict[st
     }
 
 
-def _norm(tensors: Sequence[Tensor]) -> float:
-    if not tensors:
-        return 0.0
-    length: float = torch.stack([tensor.norm() for tensor in tensors]).norm().item()
-    return length
-
-
 def _trained_by(
     optimizers: Sequence[DifferentiableOptimizer],
 ) -> dict[Tensor, DifferentiableOptimizer]:
     """Return the optimizer of each weight that has one."""
     return {param: optimizer for optimizer in optimizers for param in optimizer.params}
-
-
-def _state_of(param: Tensor, optimizers: Sequence[DifferentiableOptimizer]) -> dict[str, Any]:
-    """Return what the optimizer that trains a weight keeps of it."""
-    return next((o.state[param] for o in optimizers if param in o.state), {})
 
 
 def _copy(state: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from lightning_rtho._numerics import are_finite
 from lightning_rtho._types import Hypers
@@ -329,8 +330,7 @@ class ForwardHypergradient(AbstractHypergradient):
 
     def sensitivity(self, slopes: Tensor) -> float:
         """See :meth:`AbstractHypergradient.sensitivity`; infinite where Z is not finite."""
-        weights = [param.detach().norm() for param in self.params]
-        size = torch.stack(weights).norm().item()
+        size = get_total_norm([param.detach() for param in self.params]).item()
         if size == 0:
             return 0.0
         largest = (self.tangents.lengths(like=slopes) * slopes).max().item() / size
