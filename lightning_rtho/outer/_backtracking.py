@@ -68,10 +68,6 @@ class Backtracking:
         """Whether there is a start to compare with."""
         return not math.isnan(self.start)
 
-    @property
-    def _far(self) -> float:
-        return _FAR_ON_TRIAL if self.trial > 0 else _FAR
-
     def begin(self, value: float, *, on_trial: bool = True) -> None:
         """Take down where the run begins; where E is not finite, it does not begin yet.
 
@@ -93,8 +89,7 @@ class Backtracking:
         Returns:
             Whether it seems so.
         """
-        risen = not value <= self.start + _RISE * abs(self.start)
-        return risen or _strayed(value, self.best, distance, self._far)
+        return self._is_lost(value, self.start, self.best, distance)
 
     def confirms(self, value: float, best: float, distance: float) -> bool:
         """Tell whether the run is lost, given E of the best state on the same data.
@@ -107,9 +102,19 @@ class Backtracking:
         Returns:
             Whether it is.
         """
-        risen = not value <= best + _RISE * abs(best)
-        strayed = _strayed(value, best, distance, self._far)
-        return math.isfinite(best) and (risen or strayed)
+        return math.isfinite(best) and self._is_lost(value, best, best, distance)
+
+    def _is_lost(self, value: float, start: float, best: float, distance: float) -> bool:
+        risen = not value <= start + _RISE * abs(start)
+        return risen or self._has_strayed(value, best, distance)
+
+    def _has_strayed(self, value: float, best: float, distance: float) -> bool:
+        """Tell whether the weights have gone far for too small a gain."""
+        far = _FAR_ON_TRIAL if self.trial > 0 else _FAR
+        if not distance > far:
+            return False
+        gain = 1 - (1 - _GAIN) ** (distance / far)
+        return not value < best - gain * abs(best)
 
     def go_on(self) -> None:
         """Count an update of the trial that the run has stood."""
@@ -144,7 +149,7 @@ class Backtracking:
         Returns:
             Whether they are; after the trial not any more.
         """
-        return self.trial > 0 and _strayed(value, self.best, sensitivity, self._far)
+        return self.trial > 0 and self._has_strayed(value, self.best, sensitivity)
 
     def state_dict(self) -> dict[str, Any]:
         """Return both values, and where the trial stands."""
@@ -157,11 +162,3 @@ class Backtracking:
             state: The state.
         """
         self.start, self.best, self.trial = state["start"], state["best"], state["trial"]
-
-
-def _strayed(value: float, best: float, distance: float, far: float) -> bool:
-    """Tell whether the weights have gone far for too small a gain."""
-    if not distance > far:
-        return False
-    gain = 1 - (1 - _GAIN) ** (distance / far)
-    return not value < best - gain * abs(best)
