@@ -1,8 +1,7 @@
 """Adagrad: the gradient over the root of the sum of its squares."""
 
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Self, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -40,11 +39,6 @@ class AdagradRule(UpdateRule):
 
     maximize: bool = False
     initial_accumulator_value: float = 0.0
-
-    @classmethod
-    def from_group(cls, group: Mapping[str, Any], tuned: Collection[str]) -> Self:
-        """See :meth:`UpdateRule.from_group`."""
-        return cls(bool(group["maximize"]), float(group["initial_accumulator_value"]))
 
     def init(self, param: Tensor, hyper: Hypers) -> State:
         """See :meth:`UpdateRule.init`; for groups that are added, others have their buffers."""

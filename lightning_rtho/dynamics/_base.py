@@ -54,7 +54,7 @@ class UpdateRule(ABC):
         Returns:
             The rule of this group.
         """
-        return cls(**{field.name: bool(group[field.name]) for field in fields(cls)})
+        return cls(**{field.name: group[field.name] for field in fields(cls)})
 
     @classmethod
     def unkept_buffers(cls, group: Mapping[str, Any], tuned: Collection[str]) -> tuple[str, ...]:

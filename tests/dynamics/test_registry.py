@@ -247,3 +247,15 @@ def test_rule_reads_every_discrete_option_of_its_group(case) -> None:
     for option in ("maximize", "nesterov", "amsgrad", "centered", "decoupled_weight_decay"):
         if option in group:
             assert getattr(rule, option) == group[option]
+
+
+def test_rule_of_your_own_reads_options_as_they_are() -> None:
+    @dataclass(frozen=True)
+    class ScaledRule(UpdateRule):
+        domains = {"lr": Positive()}
+        scale: float = 1.0
+
+        def update(self, state, grad, hyper):
+            return {"param": state["param"] - self.scale * hyper["lr"] * grad}
+
+    assert ScaledRule.from_group({"lr": 0.1, "scale": 0.5}, ()).scale == 0.5
