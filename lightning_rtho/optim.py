@@ -1,5 +1,6 @@
 """A torch optimizer that knows its own update rule."""
 
+import math
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,13 +30,23 @@ from lightning_rtho.schedulers import (
 __all__ = ["DifferentiableOptimizer", "adopt_settings"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Site:
-    """One place in the optimizer's groups where a hyperparameter acts."""
+    """One place in the optimizer's groups where a hyperparameter acts.
+
+    Attributes:
+        group: Number of the group.
+        setting: The setting.
+        hyperparameter: The hyperparameter.
+        written: Its value when it was last written there.
+        found: What stood there at first; of a schedule its base.
+    """
 
     group: int
     setting: str
     hyperparameter: Hyperparameter
+    written: float = math.nan
+    found: float = math.nan
 
 
 class DifferentiableOptimizer(Optimizer):
@@ -89,8 +100,6 @@ class DifferentiableOptimizer(Optimizer):
         self.before_update: Callable[[], None] | None = None
         self.after_update: Callable[[], None] | None = None
         self._sites: list[_Site] = []
-        self._written: list[float] = []
-        self._found: list[float] = []
         self._known_groups = 0
         self._derivative_buffers: dict[Tensor, State] = {}
         self._take_in_groups()
@@ -114,8 +123,8 @@ class DifferentiableOptimizer(Optimizer):
         found = [site for site in found if self._is_tuned(site.hyperparameter)]
         self._sites += found
         self._check_schedule()
-        self._written += [site.hyperparameter.item() for site in found]
-        self._found += [self._standing(site) for site in found]
+        for site in found:
+            site.written, site.found = site.hyperparameter.item(), self._standing(site)
 
     def _is_tuned(self, hyperparameter: Hyperparameter) -> bool:
         return self._tuned is None or any(hyperparameter is one for one in self._tuned)
@@ -123,11 +132,7 @@ class DifferentiableOptimizer(Optimizer):
     @property
     def hyperparameters(self) -> list[Hyperparameter]:
         """The tuned hyperparameters that act in the optimizer, each once."""
-        found: list[Hyperparameter] = []
-        for site in self._sites:
-            if not any(site.hyperparameter is known for known in found):
-                found.append(site.hyperparameter)
-        return found
+        return [*{id(site.hyperparameter): site.hyperparameter for site in self._sites}.values()]
 
     @property
     def tuned_settings(self) -> set[str]:
@@ -169,13 +174,13 @@ class DifferentiableOptimizer(Optimizer):
                 )
         return size
 
-    def _changed_value(self, place: int) -> float:
+    def _changed_value(self, site: _Site) -> float:
         """Return what a hyperparameter is now by the number that stands in one of its places."""
-        site, before = self._sites[place], self._found[place]
         now = self._standing(site)
-        if now == before:
-            return self._written[place]
-        return self._written[place] * now / before if self._is_scheduled(site) and before else now
+        if now == site.found:
+            return site.written
+        is_base = self._is_scheduled(site) and site.found
+        return site.written * now / site.found if is_base else now
 
     def _standing(self, site: _Site) -> float:
         """Return the number that stands in a place; of a schedule its base."""
@@ -193,13 +198,13 @@ class DifferentiableOptimizer(Optimizer):
         A learning rate under a schedule takes the whole schedule with it.
         """
         ratios = [1.0] * len(self.param_groups)
-        for number, site in enumerate(self._sites):
+        for site in self._sites:
             value = site.hyperparameter.item()
             if self._is_scheduled(site):
-                ratios[site.group] = value / (self._written[number] or 1.0)
+                ratios[site.group] = value / (site.written or 1.0)
             else:
                 set_setting(self.param_groups[site.group], site.setting, value)
-            self._written[number] = value
+            site.written = value
         if any(ratio != 1 for ratio in ratios):
             rescale(self._schedulers, self.param_groups, ratios)
 
@@ -215,9 +220,9 @@ class DifferentiableOptimizer(Optimizer):
 
     def overwritten_setting(self) -> str | None:
         """Return a tuned setting that someone else has written to, if there is one."""
-        for site, value in zip(self._sites, self._written, strict=True):
+        for site in self._sites:
             present = get_setting(self.param_groups[site.group], site.setting)
-            if not self._is_scheduled(site) and present != value:
+            if not self._is_scheduled(site) and present != site.written:
                 return site.setting
         return None
 
@@ -285,14 +290,10 @@ class DifferentiableOptimizer(Optimizer):
 
     def _slopes(self, number: int) -> dict[str, float]:
         """Derivatives of a group's settings by the hyperparameters that stand in their place."""
-        if not self._schedulers:
-            return {}
-        bases = [
-            base
-            for site, base in zip(self._sites, self._written, strict=True)
-            if site.group == number and site.setting == "lr"
-        ]
-        return {"lr": self.param_groups[number]["lr"] / (bases[0] or 1.0)} if bases else {}
+        for site in self._sites:
+            if site.group == number and self._is_scheduled(site):
+                return {"lr": self.param_groups[number]["lr"] / (site.written or 1.0)}
+        return {}
 
     def carry_derivative_buffers(self, transitions: Sequence[Transition]) -> None:
         """Carry the buffers that only the derivative needs through the coming update.
@@ -417,10 +418,7 @@ class DifferentiableOptimizer(Optimizer):
 
     def __reduce__(self) -> Any:
         """Copy and pickle the wrapped optimizer, and what stands in its groups."""
-        kept = (
-            "_schedulers", "_tuned", "_sites", "_written", "_found", "_known_groups",
-            "_derivative_buffers",
-        )  # fmt: skip
+        kept = ("_schedulers", "_tuned", "_sites", "_known_groups", "_derivative_buffers")
         state = {name: self.__dict__[name] for name in kept}
         return DifferentiableOptimizer, (self.optimizer,), state
 
@@ -440,18 +438,15 @@ def adopt_settings(optimizers: Sequence[DifferentiableOptimizer]) -> None:
     """
     for hyper in {id(h): h for own in optimizers for h in own.hyperparameters}.values():
         places = [
-            (own, i)
-            for own in optimizers
-            for i, site in enumerate(own._sites)
-            if site.hyperparameter is hyper
+            (own, site) for own in optimizers for site in own._sites if site.hyperparameter is hyper
         ]
-        values = {own._changed_value(i) for own, i in places}
+        values = {own._changed_value(site) for own, site in places}
         value = torch.full_like(hyper.plain, min(values))
         is_new = len(values) == 1 and not torch.equal(value, hyper.plain)
         if is_new and bool(hyper.domain.contains(value)):
             hyper.assign(value)
-            for own, i in places:
-                own._written[i] = hyper.item()
+            for _, site in places:
+                site.written = hyper.item()
 
 
 def _find_sites(optimizer: Optimizer, rule_class: type[UpdateRule], first: int = 0) -> list[_Site]:
