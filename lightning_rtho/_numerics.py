@@ -1,7 +1,8 @@
-"""What all layers share: slopes at singular points, rounding, copies to a device, versions."""
+"""What all layers share: slopes, rounding, copies to a device, versions, tensors among others."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,3 +127,21 @@ def version_of(tensor: Tensor) -> int | None:
         The count; None where torch does not keep it, as of inference tensors.
     """
     return None if tensor.is_inference() else tensor._version
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """Find the tensors among the arguments of a function.
+
+    Args:
+        tree: Nested tuples, lists and dicts.
+
+    Yields:
+        The tensors.
+    """
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from tensors_in(item)
+    elif isinstance(tree, dict):
+        yield from tensors_in(list(tree.values()))

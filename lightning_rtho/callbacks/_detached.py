@@ -1,7 +1,7 @@
 """Noticing that a loss depends on the weights in a way that its graph does not show."""
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Self
 from unittest import mock
 
@@ -16,6 +16,7 @@ from torch.overrides import (
     has_torch_function,
 )
 
+from lightning_rtho._numerics import tensors_in
 from lightning_rtho.linearization import graph_nodes
 
 __all__ = ["DetachedWeights"]
@@ -90,7 +91,7 @@ class DetachedWeights(TorchFunctionMode):
         # Compiled functions are not looked into; to begin a graph is to enter none.
         if torch.compiler.is_compiling() or func is Tensor.requires_grad_:
             return func(*args, **(kwargs or {}))
-        inputs = list(_tensors(_read(func, args, kwargs or {})))
+        inputs = list(tensors_in(_read(func, args, kwargs or {})))
         has_detached = any(map(self._is_detached, inputs))  # before `func` writes to one of them
         has_graph = any(map(_has_graph, inputs))
         if func is F.batch_norm and (kwargs or {})["training"] and self._is_detached(args[0]):
@@ -98,7 +99,7 @@ class DetachedWeights(TorchFunctionMode):
         output = func(*args, **(kwargs or {}))
         if not (has_detached or has_graph):
             return output
-        results = [*_tensors(args[:1] if func in _WRITES else (output,))]
+        results = [*tensors_in(args[:1] if func in _WRITES else (output,))]
         if getattr(func, "__name__", "").removesuffix("_") in _FLAT:
             for result in results:  # which may have been written to
                 self._detached.pop(id(result), None)
@@ -196,12 +197,3 @@ _ONE_BY_ONE = frozenset({
 
 _WRITES = frozenset({Tensor.__setitem__, Tensor.data.__set__})  # type: ignore[attr-defined]
 """Functions that return nothing, but write to their first argument."""
-
-
-def _tensors(tree: tuple[Any, ...]) -> Iterator[Tensor]:
-    """Yield the tensors among arguments, also those in lists and tuples."""
-    for item in tree:
-        if isinstance(item, Tensor):
-            yield item
-        elif isinstance(item, (list, tuple)):
-            yield from _tensors(tuple(item))

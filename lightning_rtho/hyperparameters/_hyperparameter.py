@@ -2,14 +2,14 @@
 
 import functools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import yaml
 from torch import Tensor
 
-from lightning_rtho._numerics import HOST, place_of_doubles, sent_to
+from lightning_rtho._numerics import HOST, place_of_doubles, sent_to, tensors_in
 from lightning_rtho.hyperparameters._domains import Domain, Interval, NonNegative, Positive, Real
 
 __all__ = ["Hyperparameter"]
@@ -39,12 +39,12 @@ class Number(Tensor):
                 return _grad(*args, **kwargs)
             if _acts_on_first_argument(func, args):
                 return func(*args, **kwargs)
-            leaves = list(_tensors((args, kwargs)))
+            leaves = list(tensors_in((args, kwargs)))
             place = next((x.device for x in map(_acting, leaves) if _is_far_number(x)), None)
             if place is not None and not _reads(func):
                 stand_in = functools.partial(_stand_in, place)
                 args, kwargs = _map_numbers(args, stand_in), _map_numbers(kwargs, stand_in)
-                leaves = list(_tensors((args, kwargs)))
+                leaves = list(tensors_in((args, kwargs)))
             others = [leaf for leaf in leaves if not _is_number(leaf)]
             if len({leaf.device for leaf in others}) > 1:
                 args, kwargs = _brought_together(func, args, kwargs, others)
@@ -135,17 +135,6 @@ def _is_far_number(value: Tensor) -> bool:
 def _stand_in(device: torch.device, number: Tensor) -> Tensor:
     """Return what stands for a number in a function of which some act on a device."""
     return sent_to(device, _acting(number))
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested tuples, lists and dicts."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (tuple, list)):
-        for item in tree:
-            yield from _tensors(item)
-    elif isinstance(tree, dict):
-        yield from _tensors(list(tree.values()))
 
 
 def _brought_together(
@@ -241,7 +230,7 @@ def _call_with_numbers(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], others: list[Tensor]
 ) -> Any:
     """Call `func` with each scalar hyperparameter as a number of the other tensors' dtype."""
-    is_live = any(leaf.requires_grad for leaf in _tensors((args, kwargs)) if _is_number(leaf))
+    is_live = any(leaf.requires_grad for leaf in tensors_in((args, kwargs)) if _is_number(leaf))
     # A probability has no derivative there, and as a tensor it would draw otherwise.
     if not is_live or func is Tensor.bernoulli_:
         try:
