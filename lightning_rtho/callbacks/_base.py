@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -85,7 +85,8 @@ class HypergradientCallback(Callback):
                 f"`curvature_fraction` must lie in (0, 1], got {curvature_fraction}. It is the "
                 "share of a batch's examples that Hessian products are taken on; 1 is exact."
             )
-        if isinstance(hyperparameters, str) or not isinstance(hyperparameters, Collection | None):
+        is_ordered = isinstance(hyperparameters, Sequence | Mapping | None)
+        if isinstance(hyperparameters, str) or not is_ordered:
             raise TypeError(
                 f"`hyperparameters` must be a list of names or a dict of domains, got "
                 f"{hyperparameters!r}. Pass a list, as in `['lr']`."

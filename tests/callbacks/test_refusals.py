@@ -50,6 +50,7 @@ def test_value_errors_at_construction(make, message):
     ("make", "message"),
     [
         (lambda: RTHO("lr"), r"`hyperparameters` must be a list .* got 'lr'"),
+        (lambda: RTHO({"lr"}), r"`hyperparameters` must be a list .* got \{'lr'\}"),  # no order
         (lambda: RTHO(outer_optimizer="adam"), r"`outer_optimizer` must be .* got 'adam'"),
         (lambda: TRHO(tape="recompute"), r"`tape` must be .* got 'recompute'"),
         (lambda: Hyperparameter(1.0, Positive), r"`domain` must be a Domain"),
