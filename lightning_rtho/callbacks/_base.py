@@ -223,7 +223,9 @@ class HypergradientCallback(Callback):
         )
         self._loop, self._ended = self._make_loop(trainer, pl_module, optimizers), None
         if self._resumed is not None:
-            self._take_back_run(self._loop, self._resumed)
+            self.schedule = Schedule.from_state_dict(self._resumed["schedule"])
+            if "run" in self._resumed:
+                self._loop.load_state_dict(self._resumed["run"])
         self._resumed = None
         with signals_deferred():
             self._loop.try_objective()
@@ -467,12 +469,6 @@ class HypergradientCallback(Callback):
         if moves and "run" in state and trainer.world_size == 1:
             self._random_state = state["run"]["random"]
             write_random_state(self._random_state)
-
-    def _take_back_run(self, loop: OuterLoop, state: dict[str, Any]) -> None:
-        """Go on with the run where it stood."""
-        self.schedule = Schedule.from_state_dict(state["schedule"])
-        if "run" in state:
-            loop.load_state_dict(state["run"])
 
     # After training
 

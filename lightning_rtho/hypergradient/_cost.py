@@ -48,7 +48,8 @@ def forward_cost(entries: int, fraction: float = 1.0, precision: float = 1.0) ->
         >>> forward_cost(2).ratio
         5.0
     """
-    passes = _GRADIENT + _sampled(fraction) + fraction * _PRODUCT * entries
+    again = 0 if fraction == 1 else fraction * _GRADIENT  # a sample's own
+    passes = _GRADIENT + again + fraction * _PRODUCT * entries
     return Cost(passes, states=entries * precision)
 
 
@@ -72,8 +73,3 @@ def reverse_cost(window: int, *, recomputes: bool, fraction: float = 1.0) -> Cos
     again = fraction * _GRADIENT if recomputes else 0
     passes = _GRADIENT + again + fraction * _PRODUCT * (1 - 1 / window)
     return Cost(passes, states=window, graphs=0 if recomputes else window)
-
-
-def _sampled(fraction: float) -> float:
-    """Count the gradient of a sample, which is none where that is the whole batch."""
-    return 0 if fraction == 1 else fraction * _GRADIENT

@@ -178,7 +178,7 @@ class _ReplayTape(Tape):
                 [t.grad for t in transitions] if raw_grads is None else raw_grads,
                 _clip(saved["clip"]),
                 saved["number"],
-                precision=saved.get("precision"),  # which earlier versions did not save
+                precision=saved["precision"],
             )
             losses = [recollection.make_replay(loss) for loss in saved["losses"]]
             arena = Arena(HOST, 0)

@@ -4,7 +4,7 @@ from lightning_rtho.linearization._clipping import ClipByNorm, ClipByValue, Grad
 from lightning_rtho.linearization._cohort import cohort_jvp, cohort_vjp, cohorts
 from lightning_rtho.linearization._fused import fused_step_jvp, fused_step_vjp, is_large
 from lightning_rtho.linearization._gradient import Linearization, TracedLoss
-from lightning_rtho.linearization._graph import graph_leaves, graph_nodes, rounds_otherwise
+from lightning_rtho.linearization._graph import graph_nodes, rounds_otherwise
 from lightning_rtho.linearization._hooks import BackwardHooks, silenceable_hooks, unheard
 from lightning_rtho.linearization._statistics import RunningStatistics, StatisticUpdate
 from lightning_rtho.linearization._step import load_forward_mode, step_jvp, step_vjp
@@ -28,7 +28,6 @@ __all__ = [
     "cohorts",
     "fused_step_jvp",
     "fused_step_vjp",
-    "graph_leaves",
     "graph_nodes",
     "is_large",
     "load_forward_mode",
