@@ -8,9 +8,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from lightning.pytorch.trainer.states import RunningStage
-from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_rtho.callbacks._preservation import preserved
+from lightning_rtho.callbacks._random import read_random_state, write_random_state
 
 __all__ = ["isolated"]
 
@@ -29,9 +29,7 @@ def isolated(trainer: Trainer, module: LightningModule, stage: RunningStage) -> 
             training.
     """
     with ExitStack() as stack:
-        stack.enter_context(isolate_rng())
-        if torch.backends.mps.is_available():
-            stack.callback(torch.mps.set_rng_state, torch.mps.get_rng_state())
+        stack.callback(write_random_state, read_random_state())
         stack.enter_context(_silenced(trainer, module))
         stack.enter_context(preserved(module))
         stack.enter_context(_in_stage(trainer, stage))
