@@ -164,10 +164,7 @@ class _ReplayTape(Tape):
         device: torch.device,
     ) -> None:
         """See :meth:`Tape.load_state_dict`."""
-        window = state or []
-        if any(isinstance(saved["clip"], str) for saved in window):
-            return  # an earlier version wrote no more than a name of the clipping
-        for saved in window:
+        for saved in state or []:
             transitions = [
                 Transition(rule=recollection.rule_class(**options), **_there(arguments, device))
                 for options, arguments in saved["transitions"]
