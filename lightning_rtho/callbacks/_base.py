@@ -316,7 +316,11 @@ class HypergradientCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Begin a new gradient; a step that was prepared and not made has been skipped."""
-        if self._loop is not None and self._loop.run.take_back_skipped_step() == 1:
+        if self._loop is None:
+            return
+        with refusals_explained():
+            skipped = self._loop.run.take_back_skipped_step()
+        if skipped == 1:
             has_scaler = gradient_scaler(trainer) is not None
             why = ", since its scaled gradient overflowed" if has_scaler else ""
             rank_zero_warn(
@@ -485,9 +489,14 @@ class HypergradientCallback(Callback):
         """Leave nothing behind but what a checkpoint of the end needs."""
         is_dry = bool(getattr(trainer, "fast_dev_run", False))
         if self._loop is not None and not self.schedule and not is_dry:
+            steps = self._loop.run.steps
             rank_zero_warn(
-                f"{type(self).__name__} made no update in {self._loop.run.steps} followed steps. "
-                f"Lower `hyper_batch_size`, which is {self.hyper_batch_size}."
+                f"{type(self).__name__} made no update in {steps} followed steps. Lower "
+                + (
+                    f"`hyper_batch_size`, which is {self.hyper_batch_size}."
+                    if steps
+                    else f"`start_step`, which is {self.start_step}, or train for longer."
+                )
             )
         if self._loop is not None and self._loop.is_climbing:
             rank_zero_warn(

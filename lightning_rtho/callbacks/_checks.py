@@ -170,8 +170,8 @@ def refusals_explained() -> Iterator[None]:
             raise
         raise MisconfigurationException(
             "Hypergradients need the second derivative of `training_step`, and an operation in it "
-            f"has none: {message} Write it with other operations, or with a differentiable "
-            "backward pass."
+            f"has none: {message.rstrip('.')}. Write it with other operations, or with a "
+            "differentiable backward pass."
         ) from error
 
 

@@ -146,11 +146,15 @@ class DetachedWeights(TorchFunctionMode):
     def _is_beginning(self, x: Tensor) -> bool:
         """Tell whether a tensor has no history, as one that shall get a gradient of its own."""
         plain = debug_unwrap(x)
-        return type(plain) is Tensor and plain.is_leaf and id(plain) not in self._detached
+        return type(plain) is Tensor and plain.is_leaf and not self._is_known(plain)
 
     def _is_detached(self, x: Tensor) -> bool:
+        return self._is_known(x) and not _has_graph(x)
+
+    def _is_known(self, x: Tensor) -> bool:
+        """Tell whether a tensor is a weight, or was once detached."""
         known = self._detached.get(id(x))
-        return known is not None and known() is x and not _has_graph(x)
+        return known is not None and known() is x
 
 
 def _has_graph(x: Tensor) -> bool:

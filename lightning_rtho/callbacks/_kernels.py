@@ -44,6 +44,7 @@ def twice_differentiable_kernels(module: nn.Module) -> Iterator[None]:
         for place in (torch, sys.modules[WeightNorm.__module__]):  # the old one keeps it by name
             stack.enter_context(mock.patch.object(place, "_weight_norm", _weight_norm))
         stack.enter_context(mock.patch.object(torch, "embedding", _dense_embedding))
+        stack.enter_context(mock.patch.object(torch, "embedding_renorm_", _refuse_renorm))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(differentiable_kernels(module))
         yield
@@ -126,7 +127,19 @@ def _dense_embedding(
     sparse: bool = False,
 ) -> Tensor:
     """Rows of a table, with a gradient of the table's own layout."""
+    if scale_grad_by_freq:
+        raise MisconfigurationException(
+            "`F.embedding(..., scale_grad_by_freq=True)` gives a gradient that is not that of the "
+            "loss. Leave it out."
+        )
     return _embedding(weight, indices, padding_idx, scale_grad_by_freq)
+
+
+def _refuse_renorm(*args: Any) -> NoReturn:
+    raise MisconfigurationException(
+        "`F.embedding(..., max_norm=...)` shortens its weights whenever it runs, which cannot be "
+        "followed. Leave it out, and bound them in the loss."
+    )
 
 
 def _refuse_checkpoint(*args: Any) -> NoReturn:

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
+from lightning_rtho._numerics import version_of
 from lightning_rtho.callbacks._batches import cloned
 from lightning_rtho.callbacks._isolation import isolated
 from lightning_rtho.callbacks._kernels import differentiable_kernels
@@ -144,13 +145,15 @@ class ValidationObjective:
             Value and derivatives.
 
         Raises:
-            MisconfigurationException: If the step returns no loss that depends on the weights.
+            MisconfigurationException: If the step returns no loss that depends on the weights, or
+                writes to them.
         """
         values = self._statistics.buffers
         # Whose buffers DDP lets all processes run with.
         are_first_ranks = getattr(self._trainer.strategy.model, "broadcast_buffers", False)
         if are_first_ranks:
             values = from_first_rank(values)
+        before = [_mark(param) for param in params]
         with (
             isolated(self._trainer, self._module, RunningStage.VALIDATING),
             differentiable_kernels(self._module),
@@ -163,6 +166,12 @@ class ValidationObjective:
                     outer = outer_gradient(losses, params, hypers, statistics, scale)
             except NoGraphError as error:
                 raise MisconfigurationException(str(error)) from error
+        if [_mark(param) for param in params] != before:
+            raise MisconfigurationException(
+                "The outer objective writes to weights, so that to evaluate it would change the "
+                "training run. Let `validation_step` (or `outer_step`) and the layers that it runs "
+                "leave them alone, as `F.embedding(..., max_norm=...)` does not."
+            )
         if are_first_ranks:
             outer.statistics = to_first_rank(outer.statistics, like=values)
         return outer
@@ -270,6 +279,11 @@ def _looked_at(look: Callable[[Tensor], None], compute: Callable[[], Tensor]) ->
     loss = compute()
     look(loss)
     return loss
+
+
+def _mark(param: Tensor) -> tuple[int | None, int]:
+    """Return what changes where a weight is written to, or given other memory."""
+    return version_of(param), param.data_ptr()
 
 
 def _pair(found: Any, requirement: str) -> tuple[Any, Any]:

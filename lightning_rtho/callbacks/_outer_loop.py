@@ -12,10 +12,12 @@ from torch import Tensor
 from lightning_rtho.callbacks._checks import refusals_explained
 from lightning_rtho.callbacks._detached import DetachedWeights
 from lightning_rtho.callbacks._objective import ValidationObjective
+from lightning_rtho.callbacks._own_backward import check_sampling, warns_of_own_functions
 from lightning_rtho.callbacks._run import FollowedRun
 from lightning_rtho.callbacks._safeguard import Safeguard
 from lightning_rtho.hypergradient import Fault, OuterGradient
 from lightning_rtho.hyperparameters import Hyperparameter
+from lightning_rtho.linearization import graph_nodes
 from lightning_rtho.outer import HyperparameterDescent, relative_slopes
 
 __all__ = ["Outcome", "OuterLoop"]
@@ -73,7 +75,8 @@ class OuterLoop:
         self.run, self.descent, self.safeguard = run, descent, safeguard
         self.nonfinite_steps = self._seen_steps = 0
         self._objective, self._tuned, self._look = objective, tuned, look
-        self._has_warned = False
+        self._has_warned = self._has_warned_of_own = self._has_warned_of_detached = False
+        self._is_first = True
         self._hyper_batch_size = self._next_update = hyper_batch_size
 
     @property
@@ -92,10 +95,8 @@ class OuterLoop:
         trained = set(self.run.trained)
         moving = [weight for weight in trained if weight.requires_grad]
         try:
-            entries: list[Any] = []
             self._objective.look_ahead()  # whose workers shall not inherit the watch
-            with DetachedWeights(moving) as watch:
-                outer = self._evaluate(look=lambda loss: entries.extend(watch.entries_of(loss)))
+            outer = self._evaluate_watched(DetachedWeights(moving))
         except MisconfigurationException:
             raise
         except Exception as error:
@@ -106,13 +107,6 @@ class OuterLoop:
                 "`outer_step(batch, batch_idx)`."
             )
             raise
-        if entries:
-            rank_zero_warn(
-                "The outer objective uses values that depend on the weights but were detached "
-                "(`detach` or `torch.no_grad` in `validation_step` or `outer_step`). "
-                "Hypergradients take them for constants, which they are not. Compute them with "
-                "gradients."
-            )
         weights = zip(self.run.method.params, outer.params, strict=True)
         parts = [gradient for weight, gradient in weights if weight in trained]
         if all(part is None for part in (*parts, *outer.hypers, *outer.statistics)):
@@ -150,6 +144,29 @@ class OuterLoop:
         self._next_update += self._hyper_batch_size
         return self._update(step)
 
+    def _evaluate_watched(self, watch: DetachedWeights) -> OuterGradient:
+        """Evaluate the outer objective and warn of what it hides from its graph."""
+        entries: list[Any] = []
+
+        def look(loss: Tensor) -> None:
+            entries.extend(watch.entries_of(loss))
+            nodes = [*graph_nodes([loss])]
+            check_sampling(nodes, "The outer objective")
+            if not self._has_warned_of_own:
+                self._has_warned_of_own = warns_of_own_functions(nodes, "The outer objective")
+
+        with watch:
+            outer = self._evaluate(look=look)
+        if entries and not self._has_warned_of_detached:
+            self._has_warned_of_detached = True
+            rank_zero_warn(
+                "The outer objective uses values that depend on the weights but were detached "
+                "(`detach` or `torch.no_grad` in `validation_step`, in `outer_step`, or in a step "
+                "of training that wrote to a buffer). Hypergradients take them for constants, "
+                "which they are not. Compute them with gradients."
+            )
+        return outer
+
     def _evaluate(self, **options: Any) -> OuterGradient:
         return self._objective(self.run.method.params, self.run.method.hypers, **options)
 
@@ -159,7 +176,9 @@ class OuterLoop:
         self.run.check_hyperparameters()
         with self.run.hyperparameters_at_rest():
             self._objective.advance()
-        outer = self._evaluate()
+        # Training has left behind by now what it leaves behind for validation.
+        watch, self._is_first = self.run.detached if self._is_first else None, False
+        outer = self._evaluate() if watch is None else self._evaluate_watched(watch)
         self._warn_of_direct_part(outer)
         value, is_finite = outer.value.item(), outer.is_finite
         gone_back = self._go_back(value)

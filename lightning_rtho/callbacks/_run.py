@@ -1,5 +1,6 @@
 """One fit as the callback follows it: the objects involved and where they stand."""
 
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -32,7 +33,7 @@ from lightning_rtho.callbacks._kernels import (
 )
 from lightning_rtho.callbacks._loss_scale import loss_scale
 from lightning_rtho.callbacks._manual import ManualStep
-from lightning_rtho.callbacks._own_backward import check_sampling, warn_of_own_functions
+from lightning_rtho.callbacks._own_backward import check_sampling, warns_of_own_functions
 from lightning_rtho.callbacks._replay import TrainingStepReplay, noted_beginning
 from lightning_rtho.callbacks._snapshot import read_derivative_buffers, write_derivative_buffers
 from lightning_rtho.callbacks._transfer import live_transfers
@@ -68,6 +69,8 @@ class FollowedRun:
     Attributes:
         method: The method.
         steps: Optimizer steps fed to it.
+        detached: Watches for values that depend on the weights without a graph; None before the
+            first step that is followed.
     """
 
     def __init__(
@@ -98,11 +101,11 @@ class FollowedRun:
         self._clipping = NotedClipping(module)
         self._hand_over = GradientHandOver(module)
         self._manual = None if module.automatic_optimization else ManualStep(module)
-        self._following = self._resting = self._warned_of_resting = False
+        self._following = self._resting = self._warned_of_resting = self._has_stepped = False
         self._live: set[Tensor] = set()
-        self._batches = self._losses = 0
-        self._detached: DetachedWeights | None = None
-        self._has_warned_of_detached = False
+        self._batches = 0
+        self.detached: DetachedWeights | None = None
+        self._has_warned_of_detached = self._has_warned_of_own = False
         self._detached_watch, self._transfer_context = ExitStack(), ExitStack()
         self._forward_context, self._hook_watch = ExitStack(), ExitStack()
         self._replay: TrainingStepReplay | None = None
@@ -157,7 +160,7 @@ class FollowedRun:
         follow = follow and not self._resting
         if not self._recorded:  # of a step that begins
             self._hooks.have_changed = False
-        self._following, self._replay = follow, None
+        self._following, self._replay, self._has_stepped = follow, None, False
         for optimizer in self._optimizers:
             optimizer.follow_schedulers(schedulers_of(self._trainer, optimizer.optimizer))
         self._make_live(follow)
@@ -180,13 +183,13 @@ class FollowedRun:
                 self._manual.start()
                 self._clipping.start()
             self._batches += 1
-            if self._detached is None:
+            if self.detached is None:
                 moving = [param for param in self.trained if param.requires_grad]
-                self._detached = DetachedWeights(moving)
+                self.detached = DetachedWeights(moving)
             if _is_looked_at(self._batches) and self._can_watch():
                 # Nor can compiled functions, of which nobody knows, be watched.
                 self._detached_watch.enter_context(torch.compiler.set_stance("force_eager"))
-                self._detached_watch.enter_context(self._detached)
+                self._detached_watch.enter_context(self.detached)
 
     @property
     def _precision(self) -> torch.dtype | None:
@@ -266,7 +269,8 @@ class FollowedRun:
             names = {part: name for name, part in self._module.named_modules()}
             raise MisconfigurationException(
                 f"`{names[layer]}` averages its running statistics by itself, so that they cannot "
-                "be followed. Let its `forward` call `torch.nn.functional.batch_norm`."
+                "be followed. Derive it from one of torch's layers of batch normalization, and let "
+                "its `forward` call `torch.nn.functional.batch_norm`, or leave them out."
             )
         if self._statistics.reads_past and self._manual is not None:
             raise MisconfigurationException(
@@ -301,6 +305,17 @@ class FollowedRun:
             self._forward_context.close()
         if not self._following:
             return
+        if self._has_stepped and self._manual is None:
+            raise MisconfigurationException(
+                "The optimizer is stepped more than once a batch, as by `optimizer_step`, which is "
+                "followed in manual optimization alone. Step once, or set "
+                "`automatic_optimization = False`."
+            )
+        if loss.numel() != 1:
+            raise MisconfigurationException(
+                f"A loss must be a scalar, got one of shape {tuple(loss.shape)}: "
+                "`manual_backward(loss, gradient=...)` is not followed. Sum it up before."
+            )
         self._rest_if_weights_were_frozen()
         if self._replay is not None and self._batch_copies.are_spoilt():
             self._rest("`training_step` wrote to its batch")
@@ -308,11 +323,10 @@ class FollowedRun:
         if not self._following:  # it rests
             return
         self._unused.look_into(loss)
-        self._losses += 1
-        if _is_looked_at(self._losses):
-            check_sampling(loss)
-        if self._losses == 1:
-            warn_of_own_functions(loss)
+        nodes = [*graph_nodes([loss])]
+        check_sampling(nodes, "`training_step`")
+        if not self._has_warned_of_own:
+            self._has_warned_of_own = warns_of_own_functions(nodes, "`training_step`")
         if self._manual is not None:
             self._manual.check_order(loss)
             self.method.forget_gradients(
@@ -338,9 +352,9 @@ class FollowedRun:
 
     def _warn_of_detached(self, loss: Tensor) -> None:
         """Say that the derivative of a loss is not all that its graph shows."""
-        if self._has_warned_of_detached or self._detached is None:
+        if self._has_warned_of_detached or self.detached is None:
             return
-        if self._detached.entries_of(loss):
+        if self.detached.entries_of(loss):
             self._has_warned_of_detached = True
             rank_zero_warn(
                 "`training_step` uses values that depend on the weights but were detached "
@@ -484,7 +498,7 @@ class FollowedRun:
 
     def _after_update(self) -> None:
         """Note that the step that the method knows has been made."""
-        self._is_advancing = False
+        self._is_advancing, self._has_stepped = False, True
         self._hand_over.after_update()
         if self._manual is None:  # hooks of others may come before ours
             self._make_live(False)
@@ -580,9 +594,10 @@ class FollowedRun:
 
 
 def _is_looked_at(number: int) -> bool:
-    """Tell whether to look at a batch or loss, counted from 1, for what hides dependences."""
-    # The first three, since values may be carried from one to the next, and ever fewer later.
-    return number == 3 or number.bit_count() == 1
+    """Tell whether to look at a batch, counted from 1, for what hides dependences."""
+    # The first three, since values may be carried from one to the next, and ever fewer later, in no
+    # period: by chance, the same in every run and process.
+    return number <= 3 or random.Random(number).random() < 2 / number
 
 
 def schedulers_of(trainer: Trainer, optimizer: Optimizer) -> list[Any]:

@@ -155,11 +155,17 @@ class Safeguard:
             return False
         present = self._copy()
         self._restore(self._best)
-        if not self._backtracking.confirms(value, evaluate_again(), distance):
+        best = evaluate_again()
+        if not self._backtracking.confirms(value, best, distance):
             self._restore(present)
             return False
         found = "weights were infinite or NaN"
-        if not math.isnan(value):
+        if value < best:
+            found = (
+                f"the weights had moved by {distance:.1f} times their length, but the outer "
+                f"objective from {best:.3g} to no less than {value:.3g}"
+            )
+        elif not math.isnan(value):
             found = f"the outer objective was {value:.3g}"
         self._retreat(f"{found}, so the run went back to its best state so far")
         return True

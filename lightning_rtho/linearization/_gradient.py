@@ -267,9 +267,8 @@ def _check_twice_differentiable(nodes: Collection[str]) -> None:
     """Refuse what torch marks as an error in the graph but, for want of an edge, never reaches."""
     if "torch::autograd::Error" in nodes:
         raise RuntimeError(
-            "The loss must be twice differentiable, got an operation whose backward pass is "
-            "marked `once_differentiable`: its part of the hypergradient would be lost without "
-            "a word. Write it in differentiable torch operations."
+            "A backward pass is marked `once_differentiable`, so that its part of the "
+            "hypergradient would be lost without a word."
         )
 
 

@@ -44,8 +44,9 @@ class RunningStatistics:
     Attributes:
         reads_past: Whether a forward pass since :meth:`start` has used statistics that were updated
             before, as a layer does that has been frozen: no derivative by them is followed.
-        unwatched: A layer that has changed its statistics by itself, between :meth:`start` and
-            :meth:`collect`: that is not followed; None if there is none.
+        unwatched: A layer that has changed its statistics by itself, or is none of torch's and has
+            let ``F.batch_norm`` change them, between :meth:`start` and :meth:`collect`: that is not
+            followed; None if there is none.
 
     Example:
         >>> norm = nn.BatchNorm1d(1)
@@ -57,6 +58,7 @@ class RunningStatistics:
     """
 
     def __init__(self, module: nn.Module) -> None:
+        self._module = module
         self._norms = [
             layer
             for layer in module.modules()
@@ -70,6 +72,7 @@ class RunningStatistics:
         self._moved: set[int] = set()
         self.reads_past = False
         self.unwatched: nn.Module | None = None
+        self._stranger: nn.Module | None = None
 
     @property
     def buffers(self) -> list[Tensor]:
@@ -85,12 +88,12 @@ class RunningStatistics:
                 updates tell which ones move, and hold the old in the place of the new.
         """
         self.collect()
-        if self._norms:
-            self._traced, self.reads_past = traced, False
-            self._before = [(buffer, version_of(buffer)) for buffer in self.buffers]
-            self._means = self._running_means()
-            # Layers with a `forward` of their own call it, too, each as often as it likes.
-            self._patch.enter_context(mock.patch.object(torch, "batch_norm", self._watched))
+        self._traced, self.reads_past = traced, False
+        self._before = [(buffer, version_of(buffer)) for buffer in self.buffers]
+        self._means = self._running_means()
+        # Layers with a `forward` of their own call it, too, each as often as it likes.
+        self._patch.enter_context(mock.patch.object(torch, "batch_norm", self._watched))
+        self._patch.enter_context(mock.patch.object(torch, "instance_norm", self._watched_instance))
 
     def collect(self) -> tuple[StatisticUpdate, ...]:
         """Stop watching and return the updates seen."""
@@ -98,8 +101,8 @@ class RunningStatistics:
         updates, self._updates = tuple(self._updates), []
         seen = {update.buffer for update in updates}
         self._moved |= seen
-        self.unwatched = self._changed_otherwise(seen)
-        self._before = []
+        self.unwatched = self._stranger or self._changed_otherwise(seen)
+        self._before, self._stranger = [], None
         return updates
 
     def forget(self) -> None:
@@ -115,6 +118,11 @@ class RunningStatistics:
             if is_own and i not in seen and not is_same:
                 return norm
         return None
+
+    def _owner_of(self, buffer: Tensor) -> nn.Module | None:
+        """Return the layer that has a buffer; None where it is passed in from elsewhere."""
+        layers = self._module.modules()
+        return next((m for m in layers if any(b is buffer for b in m._buffers.values())), None)
 
     def _running_means(self) -> list[Tensor | None]:
         """Return those of the layers themselves, where a functional call may put others."""
@@ -138,7 +146,16 @@ class RunningStatistics:
             ]
         elif first in self._moved and torch.is_grad_enabled():
             self.reads_past = True
+        elif first is None and call.training and call.running_mean is not None:
+            self._stranger = self._stranger or self._owner_of(call.running_mean)
         return _batch_norm(*call)
+
+    def _watched_instance(self, *args: Any) -> Tensor:
+        """Normalize each example; note what is averaged into buffers, which nothing follows."""
+        _, _, _, running_mean, _, training, *_ = args
+        if training and running_mean is not None:
+            self._stranger = self._stranger or self._owner_of(running_mean)
+        return _instance_norm(*args)
 
     @contextmanager
     def differentiable(self, values: Sequence[Tensor] | None = None) -> Iterator[list[Tensor]]:
@@ -173,7 +190,7 @@ class RunningStatistics:
             yield leaves
 
 
-_batch_norm = torch.batch_norm
+_batch_norm, _instance_norm = torch.batch_norm, torch.instance_norm
 
 
 class _Call(NamedTuple):

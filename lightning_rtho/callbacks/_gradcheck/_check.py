@@ -189,9 +189,10 @@ def _check(
     """Compare one hyperparameter; tell also whether the run has a kink there."""
     forward, reverse = observations
     direction = _direction(start[name], seed=number)
-    found = Differences.of(partial(_objective_along, fits, start, name, direction), objective)
-    tolerance = rtol * max(forward.size(name, direction), abs(found.value))
-    tolerance += _NOISE * abs(objective)
+    tolerance = rtol * forward.size(name, direction) + _NOISE * abs(objective)
+    along = partial(_objective_along, fits, start, name, direction)
+    found = Differences.of(along, objective, tolerance)
+    tolerance = max(tolerance, rtol * abs(found.value) + _NOISE * abs(objective))
     by_forward = forward.along(name, direction)
     by_reverse = None if reverse is None else reverse.along(name, direction)
     unit = direction.item() if direction.dim() == 0 else 1.0

@@ -1,6 +1,7 @@
 """Finite differences at several step sizes, and what their disagreement says."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -8,6 +9,9 @@ __all__ = ["Differences"]
 
 _STEPS = (1e-3, 1e-4, 1e-5, 1e-6)
 """Relative step sizes: truncation falls with their square, rounding grows with their inverse."""
+
+_FINE_STEPS = (1e-7, 1e-8)
+"""For what is not smooth at those, as next to the kink of a ReLU."""
 
 
 @dataclass(frozen=True)
@@ -34,19 +38,25 @@ class Differences:
     one_sided: tuple[tuple[float, float], tuple[float, float]]
 
     @classmethod
-    def of(cls, function: Callable[[float], float], at_zero: float) -> "Differences":
+    def of(
+        cls, function: Callable[[float], float], at_zero: float, tolerance: float = math.inf
+    ) -> "Differences":
         """Measure.
 
         Args:
             function: The function.
             at_zero: Its value at 0.
+            tolerance: By how much the derivative may depend on the step size before smaller ones
+                are tried.
 
         Returns:
             Its derivative at 0.
         """
         values = {h: (function(-h), function(h)) for h in _STEPS}
-        central = {h: (right - left) / (2 * h) for h, (left, right) in values.items()}
-        spreads = {h: abs(central[h] - central[larger]) for larger, h in pairwise(_STEPS)}
+        central, spreads = _central(values)
+        if min(spreads.values()) > tolerance:
+            values |= {h: (function(-h), function(h)) for h in _FINE_STEPS}
+            central, spreads = _central(values)
         step = min(spreads, key=lambda h: spreads[h])
         coarse, fine = (
             ((at_zero - values[h][0]) / h, (values[h][1] - at_zero) / h) for h in _STEPS[1:3]
@@ -65,3 +75,11 @@ class Differences:
         """
         coarse, fine = (abs(right - left) for left, right in self.one_sided)
         return self.spread > tolerance or (fine > 10 * tolerance and fine > coarse / 2)
+
+
+def _central(
+    values: Mapping[float, tuple[float, float]],
+) -> tuple[dict[float, float], dict[float, float]]:
+    """Return central differences by step size, and how much each differs from the one before."""
+    central = {h: (right - left) / (2 * h) for h, (left, right) in values.items()}
+    return central, {h: abs(central[h] - central[larger]) for larger, h in pairwise(values)}

@@ -112,8 +112,9 @@ class StepTrace(Callback):
 
     def _read_graph(self, loss: Tensor) -> None:
         """Name the operations in the graph of a loss that matter here."""
-        self.functions |= dict.fromkeys(own_functions(loss))
-        for node in graph_nodes([loss]):
+        nodes = [*graph_nodes([loss])]
+        self.functions |= dict.fromkeys(own_functions(nodes))
+        for node in nodes:
             kind = type(node).__name__
             if _KINKED.fullmatch(kind):
                 self.kinks[kind.split("Backward")[0]] = None
