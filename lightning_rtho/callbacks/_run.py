@@ -593,11 +593,15 @@ class FollowedRun:
             hyper.place(hyper.device)  # without a twin
 
 
+_LOOKS = 20
+"""Steps from the first on that are looked at; each takes some microseconds more an operation."""
+
+
 def _is_looked_at(number: int) -> bool:
     """Tell whether to look at a batch, counted from 1, for what hides dependences."""
-    # The first three, since values may be carried from one to the next, and ever fewer later, in no
-    # period: by chance, the same in every run and process.
-    return number <= 3 or random.Random(number).random() < 2 / number
+    # The first, in which most of what a step does now and then will have been done once, and ever
+    # fewer later, in no period: by chance, the same in every run and process.
+    return number <= _LOOKS or random.Random(number).random() < 2 / number
 
 
 def schedulers_of(trainer: Trainer, optimizer: Optimizer) -> list[Any]:

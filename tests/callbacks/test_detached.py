@@ -1,6 +1,7 @@
 """Losses that depend on the weights beside their graph: stopped gradients and detached values."""
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from lightning_rtho import RTHO, TRHO, KeepGraph, Recompute, scale_gradient, stop_gradient
 from lightning_rtho.callbacks._detached import DetachedWeights
+from lightning_rtho.callbacks._run import _is_looked_at
 from tests.callbacks.problems import (
     FEATURES,
     SmallNet,
@@ -136,6 +138,76 @@ def test_a_function_of_ones_own_is_warned_of(method):
     with pytest.warns(UserWarning, match="function `GradientReversal`") as warned:
         fit(Plain(**as_hyperparameters({"lr": 0.1, "l2": 0.3})), METHODS[method](2), steps=4)
     assert sum("autograd function" in str(w.message) for w in warned) == 1
+
+
+class Switching(SmallNet):
+    """Reverses gradients by a function of its own, from its second step on."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return super().training_step([self.turned(x) if self.global_step else x, y], batch_idx)
+
+    def turned(self, x):
+        return GradientReversal.apply(self.net(x), 1.0) * x
+
+
+class ValidatingBy(Switching):
+    def training_step(self, batch, batch_idx):
+        return SmallNet.training_step(self, batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        return super().validation_step([self.turned(x), y], batch_idx)
+
+
+class Quantized(SmallNet):
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        rounded = torch.fake_quantize_per_tensor_affine(self.net(x).float(), 0.01, 0, -128, 127)
+        return F.mse_loss(rounded.to(y), y)
+
+
+@pytest.mark.parametrize(
+    ("module_class", "message"),
+    [
+        (Switching, "`training_step` runs the autograd function `GradientReversal`"),
+        (ValidatingBy, "The outer objective runs the autograd function `GradientReversal`"),
+        (Quantized, "`training_step` runs the autograd function `FakeQuantize"),
+    ],
+)
+def test_a_backward_pass_that_need_be_no_derivative_is_warned_of_wherever_it_is(
+    module_class, message
+):
+    with pytest.warns(UserWarning, match="autograd function") as warned:
+        fit(module_class(lr=0.1), RTHO(["lr"], hyper_batch_size=2), steps=4)
+    assert [message in str(w.message) for w in warned].count(True) == 1
+
+
+def test_what_training_leaves_in_a_buffer_for_validation_is_warned_of():
+    class Centred(SmallNet):
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**settings)
+            self.register_buffer("centre", torch.zeros(1))
+
+        def training_step(self, batch, batch_idx):
+            with torch.no_grad():
+                self.centre.lerp_(self.net(batch[0]).mean(0), 0.1)
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            x, y = batch
+            return F.mse_loss(self.net(x) - self.centre, y)
+
+    with pytest.warns(UserWarning, match="a step of training that wrote to a buffer") as warned:
+        fit(Centred(lr=0.1), RTHO(["lr"], hyper_batch_size=2), steps=4)
+    assert sum("were detached" in str(w.message) for w in warned) == 1
+
+
+def test_looks_have_no_period():
+    looked_at = [n for n in range(1, 1001) if _is_looked_at(n)]
+    for period in range(1, 21):
+        assert any(n % period == 0 for n in looked_at), period
+    assert 20 < len(looked_at) < 40
 
 
 def test_batch_statistics_of_detached_values_are_warned_of():

@@ -1,6 +1,7 @@
 """Bad input gets an error that names the argument, shows the value and says what to do."""
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -8,7 +9,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import optim
+from torch import Tensor, nn, optim
 from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
@@ -24,7 +25,7 @@ from lightning_rtho import (
     ReplaySchedule,
     Schedule,
 )
-from tests.callbacks.problems import SmallNet, as_hyperparameters, fit, loader
+from tests.callbacks.problems import FEATURES, SmallNet, as_hyperparameters, fit, loader
 
 
 @pytest.mark.parametrize(
@@ -466,6 +467,114 @@ def test_gradients_edited_late_by_a_callback_before_ours_are_refused(make):
     ours = make(["lr"], hyper_batch_size=2)
     with pytest.raises(MisconfigurationException, match="changes gradients"):
         fit(SmallNet(lr=0.1), ScaledByCompany(), ours, steps=8)
+
+
+class SteppedTwice(SmallNet):
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+        for _ in range(2):
+            optimizer.step(closure=optimizer_closure)
+
+
+class OwnStatistics(nn.Module):
+    """Normalizes by a function of torch, and averages into buffers of its own."""
+
+    def __init__(self, normalize: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.normalize = normalize
+        self.register_buffer("mean", torch.zeros(FEATURES))
+        self.register_buffer("var", torch.ones(FEATURES))
+
+    def forward(self, x):
+        return self.normalize(x, self.mean, self.var, self.training)
+
+
+def by_batch(x: Tensor, mean: Tensor, var: Tensor, training: bool) -> Tensor:
+    return F.batch_norm(x, mean, var, training=training)
+
+
+def by_instance(x: Tensor, mean: Tensor, var: Tensor, training: bool) -> Tensor:
+    repeated = torch.stack([x, 2 * x], -1)
+    return F.instance_norm(repeated, mean, var, use_input_stats=training).mean(-1) + x
+
+
+def averaging(normalize: Callable[..., Tensor]) -> nn.Module:
+    return nn.Sequential(OwnStatistics(normalize), nn.Linear(FEATURES, 1))
+
+
+class Embedded(nn.Linear):
+    """Reads its columns from a table, one for each sign."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(2 * FEATURES, 1)
+        self.table, self.settings = nn.Parameter(torch.randn(2, FEATURES)), settings
+
+    def forward(self, x):
+        column = F.embedding((x[:, 0] > 0).long(), self.table, **self.settings)
+        return super().forward(torch.cat([x, column], 1))
+
+
+@pytest.mark.parametrize("make", [RTHO, TRHO, partial(TRHO, tape=KeepGraph())])
+@pytest.mark.parametrize(
+    ("module", "body", "message"),
+    [
+        (SteppedTwice, None, "stepped more than once a batch"),
+        (SmallNet, partial(averaging, by_batch), "`net.0` averages its running statistics"),
+        (SmallNet, partial(averaging, by_instance), "`net.0` averages its running statistics"),
+        (SmallNet, partial(Embedded, scale_grad_by_freq=True), "scale_grad_by_freq=True"),
+        (SmallNet, partial(Embedded, max_norm=0.1), "writes to weights"),
+    ],
+)
+def test_what_functions_do_that_layers_may_not_do_either_is_refused(make, module, body, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(module(lr=0.1, body=body), make(["lr"], hyper_batch_size=2), steps=4)
+
+
+def test_a_training_step_that_shortens_its_table_is_refused():
+    class ShortenedInTraining(SmallNet):
+        def validation_step(self, batch, batch_idx):
+            x, y = batch
+            return F.mse_loss(F.linear(x, self.net.weight[:, :FEATURES]), y)
+
+    module = ShortenedInTraining(lr=0.1, body=partial(Embedded, max_norm=0.1))
+    with pytest.raises(MisconfigurationException, match="shortens its weights"):
+        fit(module, RTHO(["lr"], hyper_batch_size=2), steps=4)
+
+
+class WritesWhenValidated(Untouched):
+    def validation_step(self, batch, batch_idx):
+        self.net[0].weight.data = self.net[0].weight.data / 2
+        return super().validation_step(batch, batch_idx)
+
+
+def test_an_outer_objective_that_writes_to_weights_is_refused_though_nothing_is_followed():
+    with pytest.raises(MisconfigurationException, match="writes to weights"):
+        fit(WritesWhenValidated(lr=0.1), RTHO(["lr"], start_step=100))
+
+
+def test_a_backward_pass_from_a_vector_is_refused():
+    class FromVector(SmallNet):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            loss = (self.net(x) - y).square()
+            self.manual_backward(loss, gradient=torch.ones_like(loss))
+
+    with pytest.raises(MisconfigurationException, match="A loss must be a scalar"):
+        fit(FromVector(lr=0.1), RTHO(["lr"]))
+
+
+def test_sharpness_aware_minimization_by_two_closures_is_refused():
+    class Sharp(SmallNet):
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+            optimizer_closure()
+            with torch.no_grad():
+                for param in self.net.parameters():
+                    param += 0.01 * param.grad
+            optimizer.step(closure=optimizer_closure)
+
+    with pytest.raises(MisconfigurationException, match="sharpness-aware"):
+        fit(Sharp(lr=0.1), RTHO(["lr"]))
 
 
 class ValidatesAnAverage(Untouched):
