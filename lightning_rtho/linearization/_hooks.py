@@ -10,6 +10,7 @@ from typing import Any, ClassVar, final
 from unittest import mock
 
 from torch import Tensor, nn
+from torch.nn.modules import module as layers
 
 __all__ = ["BackwardHooks", "silenceable_hooks", "unheard"]
 
@@ -18,7 +19,7 @@ Hook = Callable[..., Any]
 
 @final
 class BackwardHooks:
-    """The hooks of a module's layers, of its weights, and of what its forward passes make.
+    """The hooks of layers, of all and of a module's, of weights, and of what forward passes make.
 
     From the beginning on those of layers and weights are called in passes of others alone, not in
     those that :func:`unheard` keeps from them; those of tensors, and later ones of layers, where
@@ -86,7 +87,9 @@ class BackwardHooks:
                     hooks[key] = _SilenceableHook(hook, self._note_change)
 
     def _of_layers(self) -> Iterator[MutableMapping[int, Hook]]:
-        # Private: layers hand out their hooks in no other way.
+        # Private: layers hand out their hooks in no other way, nor does what holds those of all.
+        yield layers._global_backward_hooks
+        yield layers._global_backward_pre_hooks
         for layer in self._module.modules():
             yield layer._backward_hooks
             yield layer._backward_pre_hooks

@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import (
+    register_module_full_backward_hook,
+    register_module_full_backward_pre_hook,
+)
 
 from lightning_rtho import RTHO, TRHO, Hyperparameter, KeepGraph, Positive
 from lightning_rtho.callbacks._hand_over import GradientHandOver
@@ -263,6 +267,26 @@ def test_a_hook_that_changes_a_gradient_is_refused(method, of):
     with pytest.raises(MisconfigurationException, match="A hook changes a gradient"):
         fit(module, observing(method), steps=4)
     assert all(map(torch.equal, before, module.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("register", "hook"),
+    [
+        (register_module_full_backward_hook, halve_all),
+        (register_module_full_backward_pre_hook, lambda layer, outer: (0.5 * outer[0],)),
+    ],
+)
+def test_a_hook_of_all_layers_that_changes_a_gradient_is_refused(register, hook):
+    handle = register(lambda layer, *given: hook(layer, *given) if has_one(layer) else None)
+    try:
+        with pytest.raises(MisconfigurationException, match="A hook changes a gradient"):
+            fit(SmallNet(lr=0.1), observing("forward"), steps=4)
+    finally:
+        handle.remove()
+
+
+def has_one(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Tanh)
 
 
 @pytest.mark.parametrize("method", METHODS)
