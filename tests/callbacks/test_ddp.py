@@ -1,11 +1,17 @@
 """Two processes equal one with the same global batch, and hold the same values to the bit."""
 
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn, optim
@@ -45,6 +51,10 @@ METHODS = {
     "observing": lambda: TRHO(hyper_batch_size=5, outer_optimizer=None),
     "plain": lambda: Untouched(),
 }
+
+
+Method = str | Callable[[], L.Callback]
+"""A name among the methods, or what makes a callback."""
 
 
 class Shared(SmallNet):
@@ -113,19 +123,29 @@ class Report(L.Callback):
         torch.save(held, self.path / f"{trainer.global_rank}.pt")
 
 
-def run(
-    method: str,
+def run(method: Method, path: Path, processes: int, *args: Any, **settings: Any) -> list[Any]:
+    """Train, and give what each process held; see `train`."""
+    train(method, path, processes, *args, **settings)
+    return read(path, processes)
+
+
+def read(path: Path, processes: int) -> list[Any]:
+    return [torch.load(path / f"{rank}.pt", map_location="cpu") for rank in range(processes)]
+
+
+def train(
+    method: Method,
     path: Path,
     processes: int,
     strategy: Any,
     unused: bool = False,
     module_type: type[Shared] = Shared,
     **settings: Any,
-) -> list[Any]:
-    path.mkdir()
+) -> None:
+    path.mkdir(exist_ok=True)
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    callback = METHODS[method]()
+    callback = METHODS[method]() if isinstance(method, str) else method()
     L.seed_everything(7, verbose=False)
     trainer = L.Trainer(
         accelerator=settings.pop("accelerator", "cpu"),
@@ -144,7 +164,41 @@ def run(
         **settings,
     )
     trainer.fit(module_type(4 // processes, unused))
-    return [torch.load(path / f"{rank}.pt", map_location="cpu") for rank in range(processes)]
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[list[Executor]]:
+    """Two processes that a cluster has started, as Lightning sees it, and that fit many times.
+
+    Most of a fit of processes that Lightning spawns is their import of torch.
+    """
+    context, port = multiprocessing.get_context("spawn"), find_free_network_port()
+    pools = [ProcessPoolExecutor(1, context, _join, (rank, port)) for rank in range(2)]
+    yield pools
+    for pool in pools:
+        pool.shutdown()
+
+
+def _join(rank: int, port: int) -> None:
+    """Lightning starts no processes where it finds a rank."""
+    os.environ |= {"LOCAL_RANK": f"{rank}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+
+
+def run_on(
+    pair: list[Executor], method: Method, path: Path, *args: Any, **settings: Any
+) -> list[Any]:
+    """Train in both processes, and give what each held."""
+    fits = [pool.submit(_train_joined, method, path, *args, **settings) for pool in pair]
+    for fitted in fits:
+        fitted.result(timeout=100)
+    return read(path, 2)
+
+
+def _train_joined(
+    method: Method, path: Path, options: dict[str, Any], *args: Any, **kw: Any
+) -> None:
+    strategy = DDPStrategy(process_group_backend="gloo", **options)
+    train(method, path, 2, strategy, *args, **kw)
 
 
 @pytest.mark.parametrize(
@@ -162,10 +216,9 @@ def run(
     ],
     ids=str,
 )
-def test_two_processes_equal_one(method, options, unused, settings, tmp_path):
+def test_two_processes_equal_one(method, options, unused, settings, pair, tmp_path):
     (one,) = run(method, tmp_path / "one", 1, "auto", unused, **settings)
-    strategy = DDPStrategy(start_method="spawn", process_group_backend="gloo", **options)
-    two = run(method, tmp_path / "two", 2, strategy, unused, **settings)
+    two = run_on(pair, method, tmp_path / "two", options, unused, **settings)
     for rank in two:
         # Sums over the batch are taken in another order.
         torch.testing.assert_close(rank, one, rtol=1e-12, atol=1e-14)
@@ -223,27 +276,25 @@ class NormalizedApart(Normalized):
     [
         ("forward", Normalized, {"accumulate_grad_batches": 2}),
         ("keep graph", Normalized, {}),
+        ("recompute", Normalized, {"accumulate_grad_batches": 2}),
+        ("forward", NormalizedApart, {}),
         ("recompute", NormalizedApart, {}),
     ],
 )
-def test_batch_normalization_of_two_processes(method, module_type, settings, tmp_path):
+def test_batch_normalization_of_two_processes(method, module_type, settings, pair, tmp_path):
     (one,) = run(method, tmp_path / "one", 1, "auto", module_type=module_type, **settings)
-    strategy = DDPStrategy(
-        start_method="spawn",
-        process_group_backend="gloo",
-        broadcast_buffers=not module_type.own_statistics,
-    )
-    two = run(method, tmp_path / "two", 2, strategy, module_type=module_type, **settings)
+    options = {"broadcast_buffers": not module_type.own_statistics}
+    two = run_on(pair, method, tmp_path / "two", options, module_type=module_type, **settings)
     for kind in ("weights", "values", "hypergradients", "objectives"):
         for rank in two:
             torch.testing.assert_close(rank[kind], one[kind], rtol=1e-11, atol=1e-14)
 
 
-def test_observer_leaves_weights_and_buffers_of_each_process_as_they_were(tmp_path):
-    found = []
-    for method in ("plain", "observing"):
-        strategy = DDPStrategy(start_method="spawn", process_group_backend="gloo")
-        found.append(run(method, tmp_path / method, 2, strategy, module_type=Normalized))
+def test_observer_leaves_weights_and_buffers_of_each_process_as_they_were(pair, tmp_path):
+    found = [
+        run_on(pair, method, tmp_path / method, {}, module_type=Normalized)
+        for method in ("plain", "observing")
+    ]
     for plain, observed in zip(*found, strict=True):
         for kind in ("weights", "buffers"):
             torch.testing.assert_close(observed[kind], plain[kind], rtol=0, atol=0)
@@ -265,12 +316,11 @@ class DoublingInPlace(Doubling):
         return [batch[0].mul_(2), batch[1]]
 
 
-def test_one_process_may_write_to_its_batch(tmp_path):
+def test_one_process_may_write_to_its_batch(pair, tmp_path):
     found = []
     for module_type in (Doubling, DoublingInPlace):
-        strategy = DDPStrategy(start_method="spawn", process_group_backend="gloo")
         path = tmp_path / module_type.__name__
-        found.append(run("recompute", path, 2, strategy, module_type=module_type))
+        found.append(run_on(pair, "recompute", path, {}, module_type=module_type))
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
@@ -288,17 +338,16 @@ def test_gradients_edited_in_any_step_are_found_out(method, tmp_path):
         run(method, tmp_path / "two", 2, strategy, module_type=EditsLate)
 
 
-def test_two_processes_replay_what_they_have_learned(tmp_path, monkeypatch):
-    strategy = lambda: DDPStrategy(start_method="spawn", process_group_backend="gloo")
-    learned = run("forward", tmp_path / "learned", 2, strategy())
+def test_two_processes_replay_what_they_have_learned(pair, tmp_path):
+    learned = run_on(pair, "forward", tmp_path / "learned", {})
     held = learned[0]
     updates = [
         OuterUpdate(step, values, {}, 0.0)
         for step, values in zip((3, 6), held["values"], strict=True)
     ]
-    schedule = Schedule(updates, start=held["start"])
-    monkeypatch.setitem(METHODS, "replay", lambda: ReplaySchedule(schedule))
-    replayed = run("replay", tmp_path / "replayed", 2, strategy())
+    path = tmp_path / "schedule.json"
+    Schedule(updates, start=held["start"]).to_json(path)
+    replayed = run_on(pair, partial(ReplaySchedule, path), tmp_path / "replayed", {})
     for ours, theirs in zip(replayed, learned, strict=True):
         pairs = zip(ours["weights"], theirs["weights"], strict=True)
         assert all(torch.equal(found, expected) for found, expected in pairs)
