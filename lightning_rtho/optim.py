@@ -218,6 +218,16 @@ class DifferentiableOptimizer(Optimizer):
             self._schedulers = tuple(schedulers)
             self._check_schedule()
 
+    @property
+    def is_held_down(self) -> bool:
+        """Whether schedules hold a tuned learning rate below half of what they lead it up to."""
+        groups = [self.param_groups[site.group] for site in self._sites if self._is_scheduled(site)]
+        return any(
+            float(group["lr"])
+            < max(float(group.get(top, 0)) for top in ("initial_lr", "max_lr")) / 2
+            for group in groups
+        )
+
     def overwritten_setting(self) -> str | None:
         """Return a tuned setting that someone else has written to, if there is one."""
         for site in self._sites:

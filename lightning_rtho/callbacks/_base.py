@@ -24,6 +24,7 @@ from lightning_rtho.callbacks._checks import (
     check_settings,
     note_what_helps,
     refusals_explained,
+    warn_of_warmup,
 )
 from lightning_rtho.callbacks._company import forget_what_is_given_up, let_wait
 from lightning_rtho.callbacks._coupling import decoupled_coordinates, learning_rates
@@ -226,6 +227,8 @@ class HypergradientCallback(Callback):
             self.schedule = Schedule.from_state_dict(self._resumed["schedule"])
             if "run" in self._resumed:
                 self._loop.load_state_dict(self._resumed["run"])
+        elif self._loop.descent is not None and trainer.global_step == self.start_step == 0:
+            warn_of_warmup(optimizers)
         self._resumed = None
         with signals_deferred():
             self._loop.try_objective()

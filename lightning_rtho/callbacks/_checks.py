@@ -1,7 +1,7 @@
 """What can't be differentiated rightly is refused, before a wrong number is used."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -22,6 +22,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from lightning_rtho.callbacks._loss_scale import gradient_scaler
 from lightning_rtho.hypergradient import GradientMismatchError
+from lightning_rtho.optim import DifferentiableOptimizer
 
 __all__ = [
     "check_materialized",
@@ -31,6 +32,7 @@ __all__ = [
     "check_settings",
     "note_what_helps",
     "refusals_explained",
+    "warn_of_warmup",
 ]
 
 
@@ -241,6 +243,19 @@ def _warn_of_shared_padding(module: nn.Module, name: str, layer: nn.Embedding) -
             f"`{name}` shares its weight, and gives the row `padding_idx` no gradient by "
             "reading it: hypergradients take that for one that is zero. They are exact "
             "where what is read there has no part in a loss, as where it is masked."
+        )
+
+
+def warn_of_warmup(optimizers: Iterable[DifferentiableOptimizer]) -> None:
+    """Warn of learning rates that are to be tuned while a schedule holds them down.
+
+    Args:
+        optimizers: The optimizers, before their first step.
+    """
+    if any(optimizer.is_held_down for optimizer in optimizers):
+        rank_zero_warn(
+            "A schedule holds the learning rate down at first, as a warmup does, so that a higher "
+            "base seems good meanwhile. Set `start_step` to the end of the warmup."
         )
 
 

@@ -1,5 +1,6 @@
 """From a torch optimizer to its update rule, its settings and its state."""
 
+import inspect
 from collections.abc import Hashable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -112,17 +113,29 @@ def rule_class_for(optimizer: Optimizer) -> type[UpdateRule]:
         The rule's class.
 
     Raises:
-        TypeError: If there is none for exactly this class.
+        TypeError: If there is none for its class, nor for one of which that differs in nothing but
+            its name and how it is made.
     """
-    try:
-        return _RULES[type(optimizer)]
-    except KeyError:
-        name = type(optimizer).__name__
-        known = ", ".join(sorted(cls.__name__ for cls in _RULES))
-        raise TypeError(
-            f"No differentiable rule for `{name}`. Known: {known}. Write its update as an "
-            f"`UpdateRule` and call `lightning_rtho.register_rule({name}, {name}Rule)`."
-        ) from None
+    known = next((cls for cls in type(optimizer).__mro__ if cls in _RULES), None)
+    if known is not None and _is_alike(type(optimizer), known):
+        return _RULES[known]
+    name = type(optimizer).__name__
+    names = ", ".join(sorted(cls.__name__ for cls in _RULES))
+    raise TypeError(
+        f"No differentiable rule for `{name}`. Known: {names}. Write its update as an "
+        f"`UpdateRule` and call `lightning_rtho.register_rule({name}, {name}Rule)`."
+    )
+
+
+def _is_alike(cls: type[Optimizer], base: type[Optimizer]) -> bool:
+    """Tell whether a class does what its base does, but for how it is made."""
+    between = cls.__mro__[: cls.__mro__.index(base)]
+    names = {name for own in between for name, value in vars(own).items() if callable(value)}
+    # Torch wraps a class's `step` anew when the first of it is made.
+    return all(
+        inspect.unwrap(getattr(cls, name)) is inspect.unwrap(getattr(base, name, cls))
+        for name in names - {"__init__"}
+    )
 
 
 _BETAS = ("beta1", "beta2")

@@ -175,6 +175,20 @@ def test_observing_changes_nothing_under_a_scheduler(name):
     assert not math.isnan(weights[0].sum().item())
 
 
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_warmup_is_warned_of_where_the_rate_would_move_in_its_midst(name):
+    def warnings_of(**settings: Any) -> int:
+        with pytest.warns() as warned:
+            fit(Scheduled(SCHEDULERS[name], lr=0.1), RTHO(["lr"], **settings), steps=1)
+        return sum("`start_step` to the end of the warmup" in str(w.message) for w in warned)
+
+    # One that begins at its lower rate, "cyclic", is none: that is the base.
+    is_warmup = name in {"constant", "linear", "onecycle", "sequential", "chained"}
+    assert warnings_of() == is_warmup
+    assert warnings_of(start_step=5) == 0
+    assert warnings_of(outer_optimizer=None) == 0
+
+
 class TensorRate(Scheduled):
     """The rate is a tensor, which a scheduler writes to in place; the decay is tuned."""
 

@@ -1,6 +1,7 @@
 """Which optimizers have a rule, and how their groups and states are read."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -87,9 +88,12 @@ def test_unknown_optimizer_is_refused_with_a_list_of_the_known(optimizer_class: 
         DifferentiableOptimizer(optimizer)
 
 
-def test_subclass_of_a_known_optimizer_is_refused() -> None:
+def test_subclass_that_updates_otherwise_is_refused() -> None:
     class OtherAdam(torch.optim.Adam):
-        """May update differently."""
+        def step(self, closure=None):
+            for group in self.param_groups:
+                group["eps"] = 1e-3
+            return super().step(closure)
 
     with pytest.raises(TypeError, match="No differentiable rule for `OtherAdam`"):
         rule_class_for(OtherAdam([_weight()]))
@@ -150,12 +154,27 @@ def test_count_of_an_own_optimizer_may_be_a_number(registry: dict) -> None:
         torch.testing.assert_close(new, [weight.detach() for weight in weights])
 
 
-def test_registered_subclass_is_known_and_its_own_subclass_is_not(registry: dict) -> None:
+def test_subclass_that_is_only_made_otherwise_has_the_rule_of_its_base() -> None:
+    class SlowSGD(torch.optim.SGD):
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, lr=1e-4)
+
+    class SlowerSGD(SlowSGD):
+        """Whose `step` torch wraps before that of its base."""
+
+    assert rule_class_for(SlowerSGD([_weight()])) is SGDRule
+    assert rule_class_for(SlowSGD([_weight()])) is SGDRule
+
+
+def test_registered_subclass_is_known(registry: dict) -> None:
     class LoggedSGD(torch.optim.SGD):
-        """Updates as SGD does."""
+        def step(self, closure=None):
+            self.steps = getattr(self, "steps", 0) + 1
+            return super().step(closure)
 
     class LoggedTwiceSGD(LoggedSGD):
-        """So does this, but nobody said so."""
+        def step(self, closure=None):
+            return super().step(closure)
 
     register_rule(LoggedSGD, SGDRule)
     assert rule_class_for(LoggedSGD([_weight()])) is SGDRule
