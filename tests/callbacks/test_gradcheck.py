@@ -1,6 +1,7 @@
 """hypergradcheck passes modules that are right and names what is wrong with others."""
 
 import random
+import re
 import time
 from typing import Any
 
@@ -26,6 +27,7 @@ from lightning_rtho import (
     hypergradcheck,
     stop_gradient,
 )
+from lightning_rtho.callbacks._gradcheck._differences import Differences
 from tests.callbacks.problems import FEATURES, SmallNet, fit, loader
 from tests.callbacks.test_manual import Adversarial
 from tests.callbacks.test_replay_schedule import Grouped, Weighted, noisy
@@ -349,6 +351,29 @@ def test_modules_that_are_wrong_are_told_why(kind, capsys):
     assert result.causes[0] in capsys.readouterr().out
     if "refuses" not in WRONG[kind]:
         assert any(not row.agrees for row in result.rows)
+
+
+def test_finer_differences_are_taken_next_to_a_kink():
+    def bent(t: float) -> float:
+        return t + 3 * max(t - 5e-7, 0)
+
+    assert Differences.of(bent, 0.0).value > 2
+    assert Differences.of(bent, 0.0, expected=[1.0], tolerance=1e-6).value == pytest.approx(1, 1e-6)
+    assert Differences.of(bent, 0.0, expected=[3.0], tolerance=1e-6).value == pytest.approx(1, 1e-6)
+
+
+def test_what_may_be_there_to_look_at_comes_last():
+    class Looking(AtAKink):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.last = loss.item()
+            return loss
+
+    with pytest.raises(HypergradcheckError) as caught:
+        check(Looking(lr=positive(0.1), l2=positive(0.01)))
+    sure, unsure = caught.value.result.causes
+    assert "not smooth" in sure
+    assert re.search(r"if it is put back.*self.last = loss.item\(\)", unsure)
 
 
 def test_repairing_the_detach_makes_it_pass():

@@ -35,6 +35,11 @@ def likely_causes(
             "a run that is not smooth here, so that finite differences depend on the step or the "
             f"side{kinks}. Check with smooth operations, such as tanh for ReLU, or elsewhere."
         )
+    if trace.taken:
+        causes.append(
+            "a number that is taken out of a graph (`item`, `float`), if it is put back into a "
+            f"loss: {'; '.join(trace.taken)}."
+        )
     return causes or [
         "not known: neither a `detach`, a custom autograd function, a hook, a change behind the "
         "optimizer's back, randomness nor a kink was seen."

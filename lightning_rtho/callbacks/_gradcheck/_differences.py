@@ -1,7 +1,6 @@
 """Finite differences at several step sizes, and what their disagreement says."""
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -39,25 +38,32 @@ class Differences:
 
     @classmethod
     def of(
-        cls, function: Callable[[float], float], at_zero: float, tolerance: float = math.inf
+        cls,
+        function: Callable[[float], float],
+        at_zero: float,
+        expected: Sequence[float] = (),
+        tolerance: float = 0.0,
     ) -> "Differences":
         """Measure.
 
         Args:
             function: The function.
             at_zero: Its value at 0.
-            tolerance: By how much the derivative may depend on the step size before smaller ones
-                are tried.
+            expected: What the derivative should be; where it is not, smaller steps are tried, and
+                the smallest counts at which it depends on the step size no more than it may.
+            tolerance: By how much it may.
 
         Returns:
             Its derivative at 0.
         """
         values = {h: (function(-h), function(h)) for h in _STEPS}
         central, spreads = _central(values)
-        if min(spreads.values()) > tolerance:
+        step = min(spreads, key=lambda h: spreads[h])
+        if any(abs(central[step] - value) > tolerance for value in expected):
             values |= {h: (function(-h), function(h)) for h in _FINE_STEPS}
             central, spreads = _central(values)
-        step = min(spreads, key=lambda h: spreads[h])
+            steady = [h for h, spread in spreads.items() if spread <= tolerance]
+            step = min(steady or spreads, key=lambda h: h if steady else spreads[h])
         coarse, fine = (
             ((at_zero - values[h][0]) / h, (values[h][1] - at_zero) / h) for h in _STEPS[1:3]
         )

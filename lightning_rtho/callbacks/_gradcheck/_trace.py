@@ -50,6 +50,7 @@ class StepTrace(Callback):
     Attributes:
         detached: Where values enter a loss that depend on weights or hyperparameters, but do not
             show it.
+        taken: Where numbers are taken out of the graph of values, which may be to look at them.
         functions: Custom autograd functions in the graph of a loss.
         kinks: Operations there that are not smooth everywhere.
         moved: Whether weights changed otherwise than by the optimizer.
@@ -57,6 +58,7 @@ class StepTrace(Callback):
 
     def __init__(self) -> None:
         self.detached: dict[str, None] = {}
+        self.taken: dict[str, None] = {}
         self.functions: dict[str, None] = {}
         self.kinks: dict[str, None] = {}
         self.moved = False
@@ -90,21 +92,24 @@ class StepTrace(Callback):
         sources: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
         sources += declared_hyperparameters(module).values()
 
-        def report(line: str | None) -> None:
+        def report(places: dict[str, None], line: str | None) -> None:
             if line is not None:
-                self.detached[f"`{name}`, {line}"] = None
+                places[f"`{name}`, {line}"] = None
+
+        def report_taken(x: Tensor) -> None:
+            report(self.detached if isinstance(x, Hyperparameter) else self.taken, _user_line())
 
         watch = DetachedWeights(sources, _user_line)  # values may be carried from step to step
 
         @wraps(step)
         def watched(*args: Any, **kwargs: Any) -> Any:
             with watch:
-                with _TakenOut(lambda: report(_user_line())):
+                with _TakenOut(report_taken):
                     output = step(*args, **kwargs)
                 loss = output.get("loss") if isinstance(output, dict) else output
                 if isinstance(loss, Tensor):
                     for line in watch.entries_of(loss):
-                        report(line)
+                        report(self.detached, line)
                     self._read_graph(loss)
             return output
 
@@ -126,7 +131,7 @@ class _TakenOut(TorchFunctionMode):
     A hyperparameter that is detached is a Python number from then on, which nothing can follow.
     """
 
-    def __init__(self, report: Callable[[], None]) -> None:
+    def __init__(self, report: Callable[[Tensor], None]) -> None:
         super().__init__()
         self._report = report
 
@@ -140,7 +145,7 @@ class _TakenOut(TorchFunctionMode):
         """Call a torch function."""
         out = func in _TAKES_OUT or (func in _DETACHES and isinstance(args[0], Hyperparameter))
         if out and args[0].requires_grad:
-            self._report()
+            self._report(args[0])
         return func(*args, **(kwargs or {}))
 
 
