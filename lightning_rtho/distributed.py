@@ -51,8 +51,12 @@ def from_first_rank(tensors: Sequence[Tensor]) -> list[Tensor]:
     """
     if not is_distributed():
         return [tensor.detach() for tensor in tensors]
-    are_ours = distributed.get_rank() == 0
-    return _sum_over_ranks([tensor if are_ours else None for tensor in tensors], like=tensors)
+    copies = []
+    for tensor in tensors:
+        copy = _reachable(tensor.detach().contiguous().clone())
+        distributed.broadcast(copy, src=0)
+        copies.append(copy.to(tensor.device))
+    return copies
 
 
 def to_first_rank(
@@ -74,12 +78,16 @@ def to_first_rank(
 
 
 def _sum_over_ranks(parts: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
-    on_gpu = distributed.get_backend() == "nccl"  # which reduces nothing on the CPU
     sums = []
     for part, twin in zip(parts, like, strict=True):
         zero = torch.zeros(twin.shape, dtype=twin.dtype, device=twin.device)
         local = zero if part is None else part.detach().contiguous().clone()
-        reduced = local.cuda() if on_gpu else local
+        reduced = _reachable(local)
         distributed.all_reduce(reduced)
         sums.append(reduced.to(local.device))
     return sums
+
+
+def _reachable(tensor: Tensor) -> Tensor:
+    """Send a tensor to where processes exchange tensors, if it is elsewhere."""
+    return tensor.cuda() if distributed.get_backend() == "nccl" else tensor

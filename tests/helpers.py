@@ -6,6 +6,7 @@ differentiable torch operations, and the whole training run is differentiated by
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -526,7 +527,8 @@ class Run:
 
     def hypergradient(self, outer: Callable[[], Tensor], *, running: bool = False) -> Tensor:
         """Return dE/dlambda ``[m]`` at the present weights."""
-        with self.statistics.differentiable(None if running else []) as statistics:
+        context = self.statistics.differentiable() if running else nullcontext([])
+        with context as statistics:
             gradient = outer_gradient([outer], self.params, self.hypers, statistics)
         return self.method.hypergradient(gradient)
 

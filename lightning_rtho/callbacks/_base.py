@@ -492,14 +492,13 @@ class HypergradientCallback(Callback):
         """Leave nothing behind but what a checkpoint of the end needs."""
         is_dry = bool(getattr(trainer, "fast_dev_run", False))
         if self._loop is not None and not self.schedule and not is_dry:
-            steps = self._loop.run.steps
+            steps, advice = self._loop.run.steps, ""
+            if steps:
+                advice = f" Lower `hyper_batch_size`, which is {self.hyper_batch_size}."
+            elif self.start_step:
+                advice = f" Lower `start_step`, which is {self.start_step}, or train for longer."
             rank_zero_warn(
-                f"{type(self).__name__} made no update in {steps} followed steps. Lower "
-                + (
-                    f"`hyper_batch_size`, which is {self.hyper_batch_size}."
-                    if steps
-                    else f"`start_step`, which is {self.start_step}, or train for longer."
-                )
+                f"{type(self).__name__} made no update in {steps} followed steps.{advice}"
             )
         if self._loop is not None and self._loop.is_climbing:
             rank_zero_warn(

@@ -73,4 +73,4 @@ def _clipping(limit: Any, algorithm: str | None) -> GradientClip | None:
     if not isinstance(limit, int | float) or limit <= 0:
         return None
     by_value = algorithm is not None and algorithm.lower() == "value"
-    return ClipByValue(limit) if by_value else ClipByNorm(limit)
+    return ClipByValue(float(limit)) if by_value else ClipByNorm(float(limit))

@@ -46,7 +46,8 @@ class DetachedWeights(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._place = place
-        self._detached = {id(weight): weakref.ref(weight) for weight in weights}
+        self._weights = {id(weight): weakref.ref(weight) for weight in weights}
+        self._detached = dict(self._weights)
         self._entries: dict[tuple[str, int], str | None] = {}
         self._beside_loss: list[str | None] = []
         self._hiding = mock.patch.object(
@@ -64,6 +65,10 @@ class DetachedWeights(TorchFunctionMode):
         super().__exit__(*error)
         self._hiding.stop()
         self._entries, self._beside_loss = {}, []
+
+    def forget(self) -> None:
+        """Take what has been detached so far for constant."""
+        self._detached = dict(self._weights)
 
     def entries_of(self, loss: Tensor) -> list[str | None]:
         """Return where detached values have entered a loss.
@@ -188,7 +193,7 @@ def _is_hard(tau: float = 1, hard: bool = False, *_: Any, **__: Any) -> bool:
     return hard
 
 
-_FLAT = frozenset({"ceil", "fix", "floor", "heaviside", "round", "sgn", "sign", "trunc"})
+_FLAT = frozenset({"ceil", "fix", "floor", "round", "sgn", "sign", "trunc"})
 """Functions that do not depend on what they read but for where they jump."""
 
 

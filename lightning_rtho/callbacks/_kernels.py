@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.weight_norm import WeightNorm
@@ -44,7 +45,8 @@ def twice_differentiable_kernels(module: nn.Module) -> Iterator[None]:
         for place in (torch, sys.modules[WeightNorm.__module__]):  # the old one keeps it by name
             stack.enter_context(mock.patch.object(place, "_weight_norm", _weight_norm))
         stack.enter_context(mock.patch.object(torch, "embedding", _dense_embedding))
-        stack.enter_context(mock.patch.object(torch, "embedding_renorm_", _refuse_renorm))
+        # Private: torch's function below it no longer sees whether the table is trained.
+        stack.enter_context(mock.patch.object(F, "_no_grad_embedding_renorm_", _renorm_))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(differentiable_kernels(module))
         yield
@@ -127,7 +129,7 @@ def _dense_embedding(
     sparse: bool = False,
 ) -> Tensor:
     """Rows of a table, with a gradient of the table's own layout."""
-    if scale_grad_by_freq:
+    if scale_grad_by_freq and weight.requires_grad:
         raise MisconfigurationException(
             "`F.embedding(..., scale_grad_by_freq=True)` gives a gradient that is not that of the "
             "loss. Leave it out."
@@ -135,11 +137,16 @@ def _dense_embedding(
     return _embedding(weight, indices, padding_idx, scale_grad_by_freq)
 
 
-def _refuse_renorm(*args: Any) -> NoReturn:
-    raise MisconfigurationException(
-        "`F.embedding(..., max_norm=...)` shortens its weights whenever it runs, which cannot be "
-        "followed. Leave it out, and bound them in the loss."
-    )
+_renorm = F._no_grad_embedding_renorm_  # type: ignore[attr-defined]
+
+
+def _renorm_(weight: Tensor, *args: Any) -> Any:
+    if weight.requires_grad:
+        raise MisconfigurationException(
+            "`F.embedding(..., max_norm=...)` shortens its weights whenever it runs, which cannot "
+            "be followed. Leave it out, and bound them in the loss."
+        )
+    return _renorm(weight, *args)
 
 
 def _refuse_checkpoint(*args: Any) -> NoReturn:

@@ -16,7 +16,6 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
-from lightning_rtho._numerics import version_of
 from lightning_rtho.callbacks._batches import cloned
 from lightning_rtho.callbacks._isolation import isolated
 from lightning_rtho.callbacks._kernels import differentiable_kernels
@@ -145,35 +144,26 @@ class ValidationObjective:
             Value and derivatives.
 
         Raises:
-            MisconfigurationException: If the step returns no loss that depends on the weights, or
-                writes to them.
+            MisconfigurationException: If the step returns no loss that depends on the weights.
         """
-        values = self._statistics.buffers
         # Whose buffers DDP lets all processes run with.
         are_first_ranks = getattr(self._trainer.strategy.model, "broadcast_buffers", False)
-        if are_first_ranks:
-            values = from_first_rank(values)
-        before = [_mark(param) for param in params]
         with (
             isolated(self._trainer, self._module, RunningStage.VALIDATING),
             differentiable_kernels(self._module),
             silenceable_hooks(),
         ):
+            if are_first_ranks:
+                _take_from_first_rank([*self._module.buffers()])
             try:
-                with self._statistics.differentiable(values) as statistics:
+                with self._statistics.differentiable() as statistics:
                     scale = loss_scale(self._trainer)
                     losses = [partial(_looked_at, look, loss) for loss in self._losses()]
                     outer = outer_gradient(losses, params, hypers, statistics, scale)
             except NoGraphError as error:
                 raise MisconfigurationException(str(error)) from error
-        if [_mark(param) for param in params] != before:
-            raise MisconfigurationException(
-                "The outer objective writes to weights, so that to evaluate it would change the "
-                "training run. Let `validation_step` (or `outer_step`) and the layers that it runs "
-                "leave them alone, as `F.embedding(..., max_norm=...)` does not."
-            )
         if are_first_ranks:
-            outer.statistics = to_first_rank(outer.statistics, like=values)
+            outer.statistics = to_first_rank(outer.statistics, like=self._statistics.buffers)
         return outer
 
     def advance(self) -> None:
@@ -281,9 +271,9 @@ def _looked_at(look: Callable[[Tensor], None], compute: Callable[[], Tensor]) ->
     return loss
 
 
-def _mark(param: Tensor) -> tuple[int | None, int]:
-    """Return what changes where a weight is written to, or given other memory."""
-    return version_of(param), param.data_ptr()
+def _take_from_first_rank(buffers: Sequence[Tensor]) -> None:
+    for buffer, first in zip(buffers, from_first_rank(buffers), strict=True):
+        buffer.copy_(first)
 
 
 def _pair(found: Any, requirement: str) -> tuple[Any, Any]:

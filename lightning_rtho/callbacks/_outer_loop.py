@@ -12,12 +12,11 @@ from torch import Tensor
 from lightning_rtho.callbacks._checks import refusals_explained
 from lightning_rtho.callbacks._detached import DetachedWeights
 from lightning_rtho.callbacks._objective import ValidationObjective
-from lightning_rtho.callbacks._own_backward import check_sampling, warns_of_own_functions
+from lightning_rtho.callbacks._own_backward import FunctionCheck
 from lightning_rtho.callbacks._run import FollowedRun
 from lightning_rtho.callbacks._safeguard import Safeguard
 from lightning_rtho.hypergradient import Fault, OuterGradient
 from lightning_rtho.hyperparameters import Hyperparameter
-from lightning_rtho.linearization import graph_nodes
 from lightning_rtho.outer import HyperparameterDescent, relative_slopes
 
 __all__ = ["Outcome", "OuterLoop"]
@@ -75,8 +74,9 @@ class OuterLoop:
         self.run, self.descent, self.safeguard = run, descent, safeguard
         self.nonfinite_steps = self._seen_steps = 0
         self._objective, self._tuned, self._look = objective, tuned, look
-        self._has_warned = self._has_warned_of_own = self._has_warned_of_detached = False
-        self._is_first = True
+        self._check_functions = FunctionCheck("The outer objective")
+        self._has_warned_of_direct_part = self._has_warned_of_detached = False
+        self._is_first_update = True
         self._hyper_batch_size = self._next_update = hyper_batch_size
 
     @property
@@ -94,6 +94,8 @@ class OuterLoop:
         """
         trained = set(self.run.trained)
         moving = [weight for weight in trained if weight.requires_grad]
+        params = self.run.method.params
+        before = [param.detach().clone() for param in params]
         try:
             self._objective.look_ahead()  # whose workers shall not inherit the watch
             outer = self._evaluate_watched(DetachedWeights(moving))
@@ -107,7 +109,18 @@ class OuterLoop:
                 "`outer_step(batch, batch_idx)`."
             )
             raise
-        weights = zip(self.run.method.params, outer.params, strict=True)
+        if not all(map(torch.equal, params, before)):
+            with torch.no_grad():
+                for param, value in zip(params, before, strict=True):
+                    param.copy_(value)
+            raise MisconfigurationException(
+                "The outer objective writes to weights, so that to evaluate it would change the "
+                "training run. Let `validation_step` (or `outer_step`) and the layers that it runs "
+                "leave them alone, as `F.embedding(..., max_norm=...)` does not. Layers that take "
+                "their first weights from a batch have to see one before, as in Lightning's sanity "
+                "check (`num_sanity_val_steps`)."
+            )
+        weights = zip(params, outer.params, strict=True)
         parts = [gradient for weight, gradient in weights if weight in trained]
         if all(part is None for part in (*parts, *outer.hypers, *outer.statistics)):
             raise MisconfigurationException(
@@ -150,10 +163,7 @@ class OuterLoop:
 
         def look(loss: Tensor) -> None:
             entries.extend(watch.entries_of(loss))
-            nodes = [*graph_nodes([loss])]
-            check_sampling(nodes, "The outer objective")
-            if not self._has_warned_of_own:
-                self._has_warned_of_own = warns_of_own_functions(nodes, "The outer objective")
+            self._check_functions(loss)
 
         with watch:
             outer = self._evaluate(look=look)
@@ -177,7 +187,8 @@ class OuterLoop:
         with self.run.hyperparameters_at_rest():
             self._objective.advance()
         # Training has left behind by now what it leaves behind for validation.
-        watch, self._is_first = self.run.detached if self._is_first else None, False
+        watch = self.run.detached if self._is_first_update else None
+        self._is_first_update = False
         outer = self._evaluate() if watch is None else self._evaluate_watched(watch)
         self._warn_of_direct_part(outer)
         value, is_finite = outer.value.item(), outer.is_finite
@@ -200,12 +211,12 @@ class OuterLoop:
 
     def _warn_of_direct_part(self, outer: OuterGradient) -> None:
         """Say that the outer objective moves hyperparameters by what it makes of them itself."""
-        if self._has_warned:
+        if self._has_warned_of_direct_part:
             return
         pairs = zip(self._tuned, outer.hypers, strict=True)
         names = [name for name, part in pairs if part is not None and bool(part.any())]
         if names:
-            self._has_warned = True
+            self._has_warned_of_direct_part = True
             rank_zero_warn(
                 f"The outer objective depends on {' and '.join(f'`{name}`' for name in names)} "
                 "itself, not only by way of the weights, and is lowered by that as well. That is "

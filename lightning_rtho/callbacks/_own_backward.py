@@ -6,8 +6,11 @@ from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 
-__all__ = ["check_sampling", "own_functions", "warns_of_own_functions"]
+from lightning_rtho.linearization import graph_nodes
+
+__all__ = ["FunctionCheck", "own_functions"]
 
 _TRUSTED = ("torch", "lightning_rtho")
 """Packages whose functions are what they seem, or are refused elsewhere."""
@@ -19,24 +22,6 @@ _STRAIGHT_THROUGH = re.compile("(FakeQuantize|FusedMovingAvgObsFq).*")
 
 _SAMPLING = re.compile("NormalBackward[1-9]")
 """Nodes of ``torch.normal``; that of ``x.normal_()``, which forgets what x was, is right."""
-
-
-def check_sampling(nodes: Iterable[Any], where: str) -> None:
-    """Check that no sample in a loss hides what it depends on.
-
-    Args:
-        nodes: The nodes of its graph.
-        where: What the loss is of, to begin a sentence with.
-
-    Raises:
-        MisconfigurationException: If one was drawn by ``torch.normal`` with a graph.
-    """
-    if any(_SAMPLING.fullmatch(node.name()) for node in nodes):
-        raise MisconfigurationException(
-            f"{where} draws by `torch.normal(mean, std)`, whose derivative torch takes for "
-            "0. Write `mean + std * torch.randn_like(mean)`, or detach what it is given, or wrap "
-            "that in `lightning_rtho.stop_gradient` to train as with `torch.normal`."
-        )
 
 
 def own_functions(nodes: Iterable[Any]) -> list[str]:
@@ -61,22 +46,39 @@ def own_functions(nodes: Iterable[Any]) -> list[str]:
     return sorted(names)
 
 
-def warns_of_own_functions(nodes: Iterable[Any], where: str) -> bool:
-    """Warn of such functions.
+class FunctionCheck:
+    """Looks for functions in losses whose backward pass may be no derivative.
 
     Args:
-        nodes: The nodes of the graph of a loss.
-        where: What the loss is of, to begin a sentence with.
-
-    Returns:
-        Whether there was one.
+        where: What the losses are of, to begin a sentence with.
     """
-    names = own_functions(nodes)
-    if names:
-        rank_zero_warn(
-            f"{where} runs the autograd function `{names[0]}`, whose `backward` need not be a "
-            "derivative. Hypergradients take it for that of what runs forward. Use "
-            "`lightning_rtho.scale_gradient(x, factor)` to scale or reverse gradients in training; "
-            "whether all is well `hypergradcheck` tells."
-        )
-    return bool(names)
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._has_warned = False
+
+    def __call__(self, loss: Tensor) -> None:
+        """Look into the graph of a loss; warn once of functions of which nobody knows.
+
+        Args:
+            loss: The loss ``[]``.
+
+        Raises:
+            MisconfigurationException: If a sample was drawn by ``torch.normal`` with a graph.
+        """
+        nodes = [*graph_nodes([loss])]
+        if any(_SAMPLING.fullmatch(node.name()) for node in nodes):
+            raise MisconfigurationException(
+                f"{self._where} draws by `torch.normal(mean, std)`, whose derivative torch takes "
+                "for 0. Write `mean + std * torch.randn_like(mean)`, with `mean` and `std` wrapped "
+                "in `lightning_rtho.stop_gradient` if their gradient shall stay 0."
+            )
+        names = [] if self._has_warned else own_functions(nodes)
+        if names:
+            self._has_warned = True
+            rank_zero_warn(
+                f"{self._where} runs the autograd function `{names[0]}`, whose `backward` need not "
+                "be a derivative. Hypergradients take it for that of what runs forward. Use "
+                "`lightning_rtho.scale_gradient(x, factor)` to scale or reverse gradients in "
+                "training; whether all is well `hypergradcheck` tells."
+            )

@@ -1,10 +1,11 @@
 """The global random state as plain values, which a checkpoint can hold."""
 
 import random
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 
 __all__ = ["read_random_state", "write_random_state"]
 
@@ -16,13 +17,15 @@ def read_random_state() -> dict[str, Any]:
         Tensors, numbers and lists.
     """
     version, words, gauss = random.getstate()
-    name, keys, *rest = cast("tuple[str, np.ndarray, Any, Any, Any]", np.random.get_state())
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "mps": [torch.mps.get_rng_state()] if torch.backends.mps.is_available() else [],
         "python": [version, list(words), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
+        # Of any of its generators; they take lists for the arrays that they give.
+        "numpy": apply_to_collection(
+            np.random.get_state(legacy=False), np.ndarray, np.ndarray.tolist
+        ),
     }
 
 
@@ -40,5 +43,4 @@ def write_random_state(state: dict[str, Any]) -> None:
         torch.mps.set_rng_state(state["mps"][0])
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    np.random.set_state(state["numpy"])

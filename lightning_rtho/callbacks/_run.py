@@ -33,7 +33,7 @@ from lightning_rtho.callbacks._kernels import (
 )
 from lightning_rtho.callbacks._loss_scale import loss_scale
 from lightning_rtho.callbacks._manual import ManualStep
-from lightning_rtho.callbacks._own_backward import check_sampling, warns_of_own_functions
+from lightning_rtho.callbacks._own_backward import FunctionCheck
 from lightning_rtho.callbacks._replay import TrainingStepReplay, noted_beginning
 from lightning_rtho.callbacks._snapshot import read_derivative_buffers, write_derivative_buffers
 from lightning_rtho.callbacks._transfer import live_transfers
@@ -105,7 +105,8 @@ class FollowedRun:
         self._live: set[Tensor] = set()
         self._batches = 0
         self.detached: DetachedWeights | None = None
-        self._has_warned_of_detached = self._has_warned_of_own = False
+        self._has_warned_of_detached = False
+        self._check_functions = FunctionCheck("`training_step`")
         self._detached_watch, self._transfer_context = ExitStack(), ExitStack()
         self._forward_context, self._hook_watch = ExitStack(), ExitStack()
         self._replay: TrainingStepReplay | None = None
@@ -305,16 +306,11 @@ class FollowedRun:
             self._forward_context.close()
         if not self._following:
             return
-        if self._has_stepped and self._manual is None:
-            raise MisconfigurationException(
-                "The optimizer is stepped more than once a batch, as by `optimizer_step`, which is "
-                "followed in manual optimization alone. Step once, or set "
-                "`automatic_optimization = False`."
-            )
         if loss.numel() != 1:
             raise MisconfigurationException(
                 f"A loss must be a scalar, got one of shape {tuple(loss.shape)}: "
-                "`manual_backward(loss, gradient=...)` is not followed. Sum it up before."
+                "`manual_backward(loss, gradient=...)` is not followed. Multiply the loss by that "
+                "gradient and sum it up before."
             )
         self._rest_if_weights_were_frozen()
         if self._replay is not None and self._batch_copies.are_spoilt():
@@ -323,10 +319,7 @@ class FollowedRun:
         if not self._following:  # it rests
             return
         self._unused.look_into(loss)
-        nodes = [*graph_nodes([loss])]
-        check_sampling(nodes, "`training_step`")
-        if not self._has_warned_of_own:
-            self._has_warned_of_own = warns_of_own_functions(nodes, "`training_step`")
+        self._check_functions(loss)
         if self._manual is not None:
             self._manual.check_order(loss)
             self.method.forget_gradients(
@@ -372,8 +365,7 @@ class FollowedRun:
             and self._trainer.world_size == 1
             and self._trainer.accumulate_grad_batches == 1
             and scale == 1
-            and not is_overridden("configure_gradient_clipping", self._module)
-            and not is_overridden("optimizer_zero_grad", self._module)
+            and not any(is_overridden(hook, self._module) for hook in _MAY_CHANGE_GRADIENTS)
         )
 
     def _others_waiting(self, loss: Tensor) -> list[Tensor] | None:
@@ -461,7 +453,13 @@ class FollowedRun:
         self._recorded = False
 
     def _refuse_edits(self, optimizer: DifferentiableOptimizer) -> None:
-        """Refuse what someone else has written to gradients or settings."""
+        """Refuse a second step, and what someone else has written to gradients or settings."""
+        if self._has_stepped and self._manual is None:
+            raise MisconfigurationException(
+                "The optimizer is stepped more than once a batch, as by `optimizer_step`, which is "
+                "followed in manual optimization alone. Step once, or set "
+                "`automatic_optimization = False`."
+            )
         if self._hooks.have_changed:
             raise MisconfigurationException(
                 "A hook changes a gradient (`register_hook`, `register_full_backward_hook`), which "
@@ -500,6 +498,8 @@ class FollowedRun:
         """Note that the step that the method knows has been made."""
         self._is_advancing, self._has_stepped = False, True
         self._hand_over.after_update()
+        if self.steps == 1 and self.detached is not None:
+            self.detached.forget()  # what came of the first weights depends on no hyperparameter
         if self._manual is None:  # hooks of others may come before ours
             self._make_live(False)
 
@@ -593,8 +593,16 @@ class FollowedRun:
             hyper.place(hyper.device)  # without a twin
 
 
+_MAY_CHANGE_GRADIENTS = (
+    "configure_gradient_clipping",
+    "on_before_optimizer_step",
+    "optimizer_zero_grad",
+)
+"""Methods of a module in which gradients may be written to."""
+
+
 _LOOKS = 20
-"""Steps from the first on that are looked at; each takes some microseconds more an operation."""
+"""Batches from the first on that are looked at; each takes some microseconds more an operation."""
 
 
 def _is_looked_at(number: int) -> bool:

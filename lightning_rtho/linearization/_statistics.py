@@ -72,7 +72,7 @@ class RunningStatistics:
         self._moved: set[int] = set()
         self.reads_past = False
         self.unwatched: nn.Module | None = None
-        self._stranger: nn.Module | None = None
+        self._strangers: list[Tensor] = []
 
     @property
     def buffers(self) -> list[Tensor]:
@@ -101,8 +101,9 @@ class RunningStatistics:
         updates, self._updates = tuple(self._updates), []
         seen = {update.buffer for update in updates}
         self._moved |= seen
-        self.unwatched = self._stranger or self._changed_otherwise(seen)
-        self._before, self._stranger = [], None
+        # Asked for now: in a functional call others stand in the place of a layer's buffers.
+        self.unwatched = self._owner_of_stranger() or self._changed_otherwise(seen)
+        self._before, self._strangers = [], []
         return updates
 
     def forget(self) -> None:
@@ -119,10 +120,18 @@ class RunningStatistics:
                 return norm
         return None
 
-    def _owner_of(self, buffer: Tensor) -> nn.Module | None:
-        """Return the layer that has a buffer; None where it is passed in from elsewhere."""
-        layers = self._module.modules()
-        return next((m for m in layers if any(b is buffer for b in m._buffers.values())), None)
+    def _note_stranger(self, mean: Tensor | None, averaged: Tensor) -> None:
+        """Note a running mean that is none of ours, if what is averaged depends on weights."""
+        if mean is not None and averaged.requires_grad:
+            self._strangers.append(mean)
+
+    def _owner_of_stranger(self) -> nn.Module | None:
+        """Return a layer that has such a mean; others are passed in from elsewhere."""
+        for mean in self._strangers:
+            for layer in self._module.modules():
+                if any(buffer is mean for buffer in layer._buffers.values()):
+                    return layer
+        return None
 
     def _running_means(self) -> list[Tensor | None]:
         """Return those of the layers themselves, where a functional call may put others."""
@@ -146,30 +155,26 @@ class RunningStatistics:
             ]
         elif first in self._moved and torch.is_grad_enabled():
             self.reads_past = True
-        elif first is None and call.training and call.running_mean is not None:
-            self._stranger = self._stranger or self._owner_of(call.running_mean)
+        elif first is None and call.training:
+            self._note_stranger(call.running_mean, call.input)
         return _batch_norm(*call)
 
-    def _watched_instance(self, *args: Any) -> Tensor:
+    def _watched_instance(self, *args: Any, **kwargs: Any) -> Tensor:
         """Normalize each example; note what is averaged into buffers, which nothing follows."""
-        _, _, _, running_mean, _, training, *_ = args
-        if training and running_mean is not None:
-            self._stranger = self._stranger or self._owner_of(running_mean)
-        return _instance_norm(*args)
+        call = _InstanceCall(*args, **kwargs)
+        if call.use_input_stats:
+            self._note_stranger(call.running_mean, call.input)
+        return _instance_norm(*call)
 
     @contextmanager
-    def differentiable(self, values: Sequence[Tensor] | None = None) -> Iterator[list[Tensor]]:
+    def differentiable(self) -> Iterator[list[Tensor]]:
         """Let forward passes in evaluation mode depend differentiably on the statistics.
 
-        Args:
-            values: What is taken for them, each ``[*B]``; None for what they are.
-
         Yields:
-            Copies of the values that require grad, each ``[*B]``; torch's own kernel has no
+            Copies of the statistics that require grad, each ``[*B]``; torch's own kernel has no
             derivative by them.
         """
-        taken = self.buffers if values is None else values
-        leaves = [value.detach().clone().requires_grad_() for value in taken]
+        leaves = [buffer.detach().clone().requires_grad_() for buffer in self.buffers]
         means = self._running_means()
 
         def normalize(*args: Any, **kwargs: Any) -> Tensor:
@@ -202,6 +207,20 @@ class _Call(NamedTuple):
     running_mean: Tensor | None
     running_var: Tensor | None
     training: bool
+    momentum: float
+    eps: float
+    cudnn_enabled: bool
+
+
+class _InstanceCall(NamedTuple):
+    """Arguments of ``torch.instance_norm``, likewise."""
+
+    input: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    use_input_stats: bool
     momentum: float
     eps: float
     cudnn_enabled: bool

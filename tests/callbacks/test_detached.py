@@ -203,6 +203,26 @@ def test_what_training_leaves_in_a_buffer_for_validation_is_warned_of():
     assert sum("were detached" in str(w.message) for w in warned) == 1
 
 
+def test_what_the_first_weights_leave_in_a_buffer_is_a_constant():
+    class Relative(SmallNet):
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**settings)
+            self.register_buffer("first", torch.ones(()))
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            if self.global_step == 0:
+                self.first.copy_(loss.detach())
+            return loss
+
+        def validation_step(self, batch, batch_idx):
+            return super().validation_step(batch, batch_idx) / self.first
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*were detached")
+        fit(Relative(lr=0.1), RTHO(["lr"], hyper_batch_size=2), steps=4)
+
+
 def test_looks_have_no_period():
     looked_at = [n for n in range(1, 1001) if _is_looked_at(n)]
     for period in range(1, 21):

@@ -152,10 +152,19 @@ class ClippedLater(SmallNet):
             self.clip_gradients(optimizer, 0.5 / (1 + step), gradient_clip_algorithm=how)
 
 
+class ClippedBefore(SmallNet):
+    """In a hook before that of clipping, from its second step on."""
+
+    def on_before_optimizer_step(self, optimizer):
+        if self.global_step:
+            self.clip_gradients(optimizer, 0.1, gradient_clip_algorithm="norm")
+
+
 @pytest.mark.parametrize("accumulated", [1, 3])
-def test_clipping_of_the_modules_own_is_followed(accumulated):
+@pytest.mark.parametrize("make", [ClippedLater, ClippedBefore])
+def test_clipping_of_the_modules_own_is_followed(make, accumulated):
     check_all_methods(
-        lambda **values: ClippedLater(optim.SGD, **values),
+        lambda **values: make(optim.SGD, **values),
         {"lr": 0.1, "momentum": 0.6, "l2": 0.01},
         accumulate_grad_batches=accumulated,
     )

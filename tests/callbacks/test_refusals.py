@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn, optim
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
@@ -498,7 +499,8 @@ def by_instance(x: Tensor, mean: Tensor, var: Tensor, training: bool) -> Tensor:
 
 
 def averaging(normalize: Callable[..., Tensor]) -> nn.Module:
-    return nn.Sequential(OwnStatistics(normalize), nn.Linear(FEATURES, 1))
+    layers = nn.Linear(FEATURES, FEATURES), OwnStatistics(normalize), nn.Linear(FEATURES, 1)
+    return nn.Sequential(*layers)
 
 
 class Embedded(nn.Linear):
@@ -518,8 +520,8 @@ class Embedded(nn.Linear):
     ("module", "body", "message"),
     [
         (SteppedTwice, None, "stepped more than once a batch"),
-        (SmallNet, partial(averaging, by_batch), "`net.0` averages its running statistics"),
-        (SmallNet, partial(averaging, by_instance), "`net.0` averages its running statistics"),
+        (SmallNet, partial(averaging, by_batch), "`net.1` averages its running statistics"),
+        (SmallNet, partial(averaging, by_instance), "`net.1` averages its running statistics"),
         (SmallNet, partial(Embedded, scale_grad_by_freq=True), "scale_grad_by_freq=True"),
         (SmallNet, partial(Embedded, max_norm=0.1), "writes to weights"),
     ],
@@ -527,6 +529,40 @@ class Embedded(nn.Linear):
 def test_what_functions_do_that_layers_may_not_do_either_is_refused(make, module, body, message):
     with pytest.raises(MisconfigurationException, match=message):
         fit(module(lr=0.1, body=body), make(["lr"], hyper_batch_size=2), steps=4)
+
+
+class Functional(SmallNet):
+    """Leaves its statistics alone, but for those of its inputs; reads from a table of constants."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(body=lambda: nn.Sequential(nn.Linear(FEATURES, 3), nn.BatchNorm1d(3)))
+        self.settings, self.inputs = settings, OwnStatistics(by_batch)
+        self.register_buffer("table", torch.ones(2, FEATURES))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        x = self.inputs(x) + torch.instance_norm(
+            input=torch.stack([x, 2 * x], -1), weight=None, bias=None, running_mean=None,
+            running_var=None, use_input_stats=True, momentum=0.1, eps=1e-5, cudnn_enabled=False,
+        ).mean(-1)  # fmt: skip
+        x = x + F.embedding((x[:, 0] > 0).long(), self.table, None, 1.0, scale_grad_by_freq=True)
+        buffers = {name: buffer.clone() for name, buffer in self.net.named_buffers()}
+        return F.mse_loss(functional_call(self.net, buffers, x).mean(1, keepdim=True), y)
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        swapped = self.net[0].weight.detach().clone()
+        with torch.no_grad():
+            self.net[0].weight.mul_(2)
+            self.log("other", F.mse_loss(self.net(x).mean(1, keepdim=True), y))
+            self.net[0].weight.copy_(swapped)
+        return F.mse_loss(self.net(x).mean(1, keepdim=True), y)
+
+
+@pytest.mark.parametrize("make", [RTHO, TRHO, partial(TRHO, tape=KeepGraph())])
+def test_what_only_looks_like_it_is_not_refused(make):
+    fit(Functional(lr=0.1), callback := make(["lr"], hyper_batch_size=2), steps=4)
+    assert len(callback.schedule) == 2
 
 
 def test_a_training_step_that_shortens_its_table_is_refused():
@@ -542,7 +578,7 @@ def test_a_training_step_that_shortens_its_table_is_refused():
 
 class WritesWhenValidated(Untouched):
     def validation_step(self, batch, batch_idx):
-        self.net[0].weight.data = self.net[0].weight.data / 2
+        self.net[0].weight.data *= 0.5
         return super().validation_step(batch, batch_idx)
 
 

@@ -4,6 +4,7 @@ import copy
 from functools import wraps
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import BatchSizeFinder
@@ -21,6 +22,7 @@ from lightning_rtho import (
     ReplaySchedule,
     Schedule,
 )
+from lightning_rtho.callbacks._random import read_random_state, write_random_state
 from tests.callbacks.problems import SmallNet, finite_difference, fit, loader, validation_loss
 
 STEPS = 8  # of which an epoch has 5
@@ -372,3 +374,16 @@ def test_a_mistake_in_a_validation_step_comes_as_it_is():
     with pytest.raises(ValueError, match="mine") as caught:
         fit(Mistaken(lr=0.1), RTHO(["lr"]), steps=4)
     assert "before training" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("bits", [np.random.MT19937, np.random.PCG64, np.random.Philox])
+def test_random_state_of_every_generator_of_numpy_is_kept(bits, tmp_path):
+    before = np.random.get_bit_generator()
+    np.random.set_bit_generator(bits(1))
+    try:
+        torch.save(read_random_state(), tmp_path / "state.pt")
+        drawn = np.random.normal(size=3)  # an odd number: the fourth is kept for the next
+        write_random_state(torch.load(tmp_path / "state.pt", weights_only=True))
+        assert np.array_equal(np.random.normal(size=3), drawn)
+    finally:
+        np.random.set_bit_generator(before)
