@@ -534,7 +534,11 @@ class Run:
 
     def _trace(self, loss: Callable[[], Tensor]) -> TracedLoss:
         self.statistics.start()
-        return TracedLoss(self.scale * loss(), self.statistics.collect(), self.scale)
+        try:
+            value = loss()
+        finally:
+            updates = self.statistics.collect()
+        return TracedLoss(self.scale * value, updates, self.scale)
 
     def _replay(self, loss: Callable[[], Tensor]) -> Callable[[], TracedLoss]:
         """A replay that finds the module's buffers as they are now, and leaves them alone."""

@@ -433,7 +433,7 @@ def test_a_step_that_is_made_again_is_compiled_as_without_us(compiles):
     for callbacks in ([], [TRHO(["lr"], hyper_batch_size=2, outer_optimizer=None)]):
         torch.compiler.reset()
         graphs.clear()
-        fit(module := Compiled(lr=0.1), *callbacks, steps=6)
+        fit(module := Compiled(lr=0.1), *callbacks, steps=25)  # 20 are looked at, eagerly
         weights.append([*module.net.parameters()])
         counts.append(len(graphs))
     assert all(map(torch.equal, *weights))
