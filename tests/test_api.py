@@ -142,35 +142,40 @@ def test_graph_has_one_owner(path: Path) -> None:
     assert bool(keeps_graph) == (path.relative_to(ROOT).as_posix() in owners)
 
 
-def test_package_imports_without_what_only_the_examples_need() -> None:
+@pytest.fixture(scope="module")
+def imported() -> tuple[list[str], list[str]]:
+    """What a process tells that imports the package, and again without what examples need.
+
+    Of both, since an import of Lightning takes seconds.
+    """
     # A module that is None in `sys.modules` cannot be imported; torchmetrics, which Lightning
     # imports, uses matplotlib where it is installed.
     program = (
         "import sys, lightning.pytorch\n"
+        "before = set(sys.modules)\n"
+        "import lightning_rtho\n"
+        "print(*(set(sys.modules) - before))\n"
+        "for name in [name for name in sys.modules if name.startswith('lightning_rtho')]:\n"
+        "    del sys.modules[name]\n"
         "for name in ('matplotlib', 'sklearn', 'tensorboard', 'hypothesis', 'pytest'):\n"
         "    sys.modules[name] = None\n"
         "import lightning_rtho\n"
-        "print(len(lightning_rtho.__all__))"
+        "print(*lightning_rtho.__all__)"
     )
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT.parent
     )
     assert result.returncode == 0, result.stderr
-    assert int(result.stdout.split()[-1]) == len(lightning_rtho.__all__)
+    brought, names = result.stdout.splitlines()[-2:]
+    return brought.split(), names.split()
 
 
-def test_package_brings_in_nothing_heavy_that_lightning_has_not() -> None:
-    program = (
-        "import sys, lightning.pytorch\n"
-        "before = set(sys.modules)\n"
-        "import lightning_rtho\n"
-        "print(*(set(sys.modules) - before))"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT.parent
-    )
-    assert result.returncode == 0, result.stderr
-    brought = result.stdout.split()
+def test_package_imports_without_what_only_the_examples_need(imported) -> None:
+    assert imported[1] == lightning_rtho.__all__
+
+
+def test_package_brings_in_nothing_heavy_that_lightning_has_not(imported) -> None:
+    brought = imported[0]
     roots = {name.split(".")[0] for name in brought}
     assert roots - sys.stdlib_module_names <= {"lightning_rtho", "torch"}
     compilers = ("torch._dynamo", "torch._inductor", "torch._functorch._aot_autograd")
