@@ -3,7 +3,8 @@
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Executor, ProcessPoolExecutor, wait
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -189,15 +190,16 @@ def run_on(
 ) -> list[Any]:
     """Train in both processes, and give what each held."""
     fits = [pool.submit(_train_joined, method, path, *args, **settings) for pool in pair]
-    for fitted in fits:
-        fitted.result(timeout=100)
+    for fitted in wait(fits, return_when=FIRST_EXCEPTION).done:
+        fitted.result()
     return read(path, 2)
 
 
 def _train_joined(
     method: Method, path: Path, options: dict[str, Any], *args: Any, **kw: Any
 ) -> None:
-    strategy = DDPStrategy(process_group_backend="gloo", **options)
+    limit = timedelta(minutes=1)  # where the other has failed
+    strategy = DDPStrategy(process_group_backend="gloo", timeout=limit, **options)
     train(method, path, 2, strategy, *args, **kw)
 
 
