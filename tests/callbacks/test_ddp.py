@@ -33,13 +33,6 @@ from lightning_rtho import (
 )
 from tests.callbacks.problems import FEATURES, SmallNet, fit, loader
 
-
-class Untouched(L.Callback):
-    """Does nothing."""
-
-    schedule = Schedule(start={})
-
-
 METHODS = {
     "forward": lambda: RTHO(hyper_batch_size=3),
     "recompute": lambda: TRHO(hyper_batch_size=3),
@@ -49,8 +42,6 @@ METHODS = {
     "forward, drawn": lambda: RTHO(hyper_batch_size=3, curvature_fraction=0.99),
     "reverse, drawn": lambda: TRHO(hyper_batch_size=3, curvature_fraction=0.99),
     "metric": lambda: RTHO(hyper_batch_size=3, objective=MeanSquaredError()),
-    "observing": lambda: TRHO(hyper_batch_size=5, outer_optimizer=None),
-    "plain": lambda: Untouched(),
 }
 
 
@@ -230,6 +221,12 @@ def test_two_processes_equal_one(method, options, unused, settings, pair, tmp_pa
     assert len(one["values"]) == 2
 
 
+class Untouched(L.Callback):
+    """Does nothing."""
+
+    schedule = Schedule(start={})
+
+
 class HalvedBatchNorm(nn.BatchNorm1d):
     """Two processes in one: of every second example the other one has the statistics."""
 
@@ -302,9 +299,10 @@ def test_batch_normalization_of_two_processes(method, module_type, settings, pai
 
 
 def test_observer_leaves_weights_and_buffers_of_each_process_as_they_were(pair, tmp_path):
+    observing = partial(TRHO, hyper_batch_size=5, outer_optimizer=None)
     found = [
-        run_on(pair, method, tmp_path / method, {}, module_type=Normalized)
-        for method in ("plain", "observing")
+        run_on(pair, make, tmp_path / name, {}, module_type=Normalized)
+        for name, make in (("plain", Untouched), ("observed", observing))
     ]
     for plain, observed in zip(*found, strict=True):
         for kind in ("weights", "buffers"):
