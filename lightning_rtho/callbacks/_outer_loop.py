@@ -17,6 +17,7 @@ from lightning_rtho.callbacks._run import FollowedRun
 from lightning_rtho.callbacks._safeguard import Safeguard
 from lightning_rtho.hypergradient import Fault, OuterGradient
 from lightning_rtho.hyperparameters import Hyperparameter
+from lightning_rtho.linearization import graph_nodes
 from lightning_rtho.outer import HyperparameterDescent, relative_slopes
 
 __all__ = ["Outcome", "OuterLoop"]
@@ -163,7 +164,7 @@ class OuterLoop:
 
         def look(loss: Tensor) -> None:
             entries.extend(watch.entries_of(loss))
-            self._check_functions(loss)
+            self._check_functions([*graph_nodes([loss])])
 
         with watch:
             outer = self._evaluate(look=look)

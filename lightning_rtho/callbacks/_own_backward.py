@@ -1,14 +1,11 @@
 """Noticing backward passes that are no derivatives, or need not be, as a user has written them."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
-
-from lightning_rtho.linearization import graph_nodes
 
 __all__ = ["FunctionCheck", "own_functions"]
 
@@ -57,16 +54,15 @@ class FunctionCheck:
         self._where = where
         self._has_warned = False
 
-    def __call__(self, loss: Tensor) -> None:
+    def __call__(self, nodes: Collection[Any]) -> None:
         """Look into the graph of a loss; warn once of functions of which nobody knows.
 
         Args:
-            loss: The loss ``[]``.
+            nodes: The nodes of the graph.
 
         Raises:
             MisconfigurationException: If a sample was drawn by ``torch.normal`` with a graph.
         """
-        nodes = [*graph_nodes([loss])]
         if any(_SAMPLING.fullmatch(node.name()) for node in nodes):
             raise MisconfigurationException(
                 f"{self._where} draws by `torch.normal(mean, std)`, whose derivative torch takes "

@@ -319,7 +319,8 @@ class FollowedRun:
         if not self._following:  # it rests
             return
         self._unused.look_into(loss)
-        self._check_functions(loss)
+        nodes = [*graph_nodes([loss])]
+        self._check_functions(nodes)
         if self._manual is not None:
             self._manual.check_order(loss)
             self.method.forget_gradients(
@@ -340,7 +341,7 @@ class FollowedRun:
                 and (self._manual is None or self._manual.takes_gradient(param))
             ]
             may_share = self._may_share_gradients(scale)
-            others = partial(self._others_waiting, loss)
+            others = partial(self._others_waiting, nodes)
             self._hand_over.give(pairs, may_share=may_share, others=others)
 
     def _warn_of_detached(self, loss: Tensor) -> None:
@@ -368,11 +369,10 @@ class FollowedRun:
             and not any(is_overridden(hook, self._module) for hook in _MAY_CHANGE_GRADIENTS)
         )
 
-    def _others_waiting(self, loss: Tensor) -> list[Tensor] | None:
-        """Return leaves of a loss that get a gradient beside weights; None if ours will do."""
+    def _others_waiting(self, nodes: Sequence[Any]) -> list[Tensor] | None:
+        """Return leaves of a graph that get a gradient beside weights; None if ours will do."""
         hypers = (leaf for hyper in self._tuned.values() for leaf in hyper.leaves)
         known = {id(tensor) for tensor in (*self.method.params, *hypers)}
-        nodes = [*graph_nodes([loss])]
         leaves = (getattr(node, "variable", None) for node in nodes)
         others = [leaf for leaf in leaves if leaf is not None and id(leaf) not in known]
         is_asked = bool(others) or self._hooks.are_waiting or rounds_otherwise(nodes)
